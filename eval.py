@@ -1,0 +1,224 @@
+"""Evaluation: GSM8K, HumanEval-X, question answering; a finished run, a checkpoint, or a file of predictions.
+
+In order: the machine (device, dtype, threads); GSM8K (prompts, extraction, numeric comparison);
+evaluate (any task); runs (a finished run's models again); the command line.
+
+    python eval.py --run runs/gsm8k-fedbiot-b0.2-s2-seed0 --model adapfu
+    python eval.py --ckpt tiny/llama --task gsm8k --limit 100
+    python eval.py --task gsm8k --predictions answers.jsonl
+"""
+import argparse
+import json
+import os
+import re
+import sys
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import baselines
+from data import fields, find_file, prompt_of, read_gsm8k, read_rows
+from model import LM, UserError, generate, load
+
+HERE = Path(__file__).resolve().parent
+BUNDLED_CKPT, BUNDLED_DATA = HERE / "tiny" / "llama", HERE / "tiny" / "data"
+TASKS = ("gsm8k", "rosetta", "dolly")
+
+
+# ---- the machine --------------------------------------------------------------------------------
+
+def pick_device(name: str) -> torch.device:
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0][:80]}); try auto or cpu") from None
+    return device
+
+
+def pick_dtype(name: str, device) -> torch.dtype:
+    name = ("bf16" if torch.device(device).type == "cuda" else "fp32") if name == "auto" else name
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+# ---- GSM8K --------------------------------------------------------------------------------------
+
+NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
+
+
+def extract_number(text: str) -> Decimal | None:
+    """The number after the first `The answer is` or `####`, exactly; without a marker the last number of
+    the text; None where there is none. `18.0` is `18`; commas, `$`, `%` and a final dot do not matter."""
+    marker = re.search(r"[Tt]he answer is|####", text)
+    found = NUMBER.findall(text[marker.end():] if marker else text)
+    return Decimal(re.sub(r"[,$]", "", found[0 if marker else -1])) if found else None
+
+
+def gsm8k_shots(shots: int) -> str:
+    """Worked examples in front of the question: `Q: …  A: …`, written for this project."""
+    path = HERE / "tiny" / "gsm8k_shots.jsonl"
+    pairs = fields(read_rows(path), path, ("question", "answer"))
+    if not 0 <= shots <= len(pairs):
+        raise UserError(f"--shots {shots}: {len(pairs)} worked examples are at hand, so choose 0..{len(pairs)}")
+    return "".join(f"Q: {q}\nA: {a.replace('####', 'The answer is')}.\n\n" for q, a in pairs[:shots])
+
+
+def score_gsm8k(lm: LM, tokenizer, opts, progress: str) -> dict:
+    """Greedy chain of thought. Without shots the prompt is the training template's."""
+    rows = read_gsm8k(opts.data_dir, "test")[:opts.limit or None]
+    head = gsm8k_shots(opts.shots)
+    prompts = [f"{head}Q: {row.instruction}\nA:" if opts.shots else prompt_of(row.instruction) for row in rows]
+    ids = [[tokenizer.bos] + tokenizer.encode(prompt) for prompt in prompts]
+    texts = generate(lm, ids, opts.max_new_tokens or 256, tokenizer.eos, opts.batch_size, progress=progress)
+    return accuracy([extract_number(tokenizer.decode(t)) for t in texts], [extract_number(r.output) for r in rows])
+
+
+def score_gsm8k_predictions(path, data_dir) -> dict:
+    """A file of {"index": row of test.jsonl, "text": …} -> accuracy over the file's rows."""
+    rows, gold = read_rows(Path(path)), read_gsm8k(data_dir, "test")
+    texts, indices = fields(rows, path, ("text",)), [row.get("index") for row in rows]
+    for i, index in enumerate(indices, 1):
+        if type(index) is not int or not 0 <= index < len(gold) or index in indices[:i - 1]:
+            raise UserError(f"{path}, row {i}: expected an index in 0..{len(gold) - 1}, each once, found {index!r}")
+    return accuracy([extract_number(text) for text, in texts], [extract_number(gold[i].output) for i in indices])
+
+
+def accuracy(predicted: list, gold: list) -> dict:
+    correct = sum(p is not None and p == g for p, g in zip(predicted, gold, strict=True))
+    return {"correct": correct, "total": len(gold), "accuracy": correct / len(gold) if gold else 0.0}
+
+
+# ---- any task -----------------------------------------------------------------------------------
+
+def evaluate(lm: LM, tokenizer, task: str, opts, progress: str = "evaluate") -> dict:
+    """{"correct", "total", "accuracy", …} of a model on a task's test set. `opts` holds data_dir, limit,
+    shots, batch_size, max_new_tokens (0 = the task's)."""
+    if task == "gsm8k":
+        return score_gsm8k(lm, tokenizer, opts, progress)
+    raise UserError(f"--task {task}: no evaluation yet")
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+def read_run(folder) -> SimpleNamespace:
+    """The configuration of a run folder, as the run had it."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        return SimpleNamespace(**config | {"dropout": Fraction(config["dropout"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--run {folder}: expected a run folder with config.json ({error})") from None
+
+
+def models_of_run(folder, device, dtype) -> tuple[dict, object, SimpleNamespace]:
+    """(models by name, tokenizer, configuration) of a finished run: the checkpoint and its lora.pt."""
+    cfg, path = read_run(folder), Path(folder) / "lora.pt"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the run is not finished: go on with train.py --resume --out {folder}")
+    full, tokenizer = load(cfg.ckpt, dtype=dtype, device=device)
+    server = baselines.module_of(cfg.method).Server(full, None, cfg)
+    try:
+        server.load_state_dict({"learnt": torch.load(path, map_location="cpu", weights_only=True)})
+    except Exception as error:  # a damaged file raises nearly anything
+        raise UserError(f"{path}: not what this run learnt ({str(error)[:120]})") from None
+    return server.models(), tokenizer, cfg
+
+
+# ---- command line -------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def main_guard(main):
+    """Runs `main`; a user's mistake ends in one line and status 2, Ctrl-C in one line and status 130."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; what was saved stays", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--run", help="run folder of train.py")
+    add("--model", default="adapfu", help="which of the run's models (default adapfu)")
+    add("--ckpt", help="checkpoint folder (default: the bundled one)")
+    add("--task", choices=TASKS, help="default: the run's")
+    add("--data-dir", help="data folder (default: the run's, or the bundled one)")
+    add("--limit", type=int, default=0, help="first N test examples (0: all)")
+    add("--shots", type=int, help="worked examples in the prompt (default: 0 for the bundled model, else 8)")
+    add("--prompt", help="print the greedy completion of this text, and nothing else")
+    add("--max-new-tokens", type=int, default=0, help="0: the task's (GSM8K 256)")
+    add("--predictions", help="score this JSONL file instead of a model")
+    add("--batch-size", type=int, default=64, help="sequences generated at a time")
+    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    add("--device", default="auto")
+    add("--threads", type=int, default=0, help="CPU threads (0: all cores)")
+    add("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    for name in ("limit", "max_new_tokens", "threads"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: expected 1 or more")
+    if args.run and args.ckpt:
+        parser.error("--run and --ckpt: a run knows its checkpoint; give one of the two")
+    return args
+
+
+def complete(lm: LM, tokenizer, args) -> str:
+    """Greedy completion of raw text after BOS, no template."""
+    prompt = [tokenizer.bos] + tokenizer.encode(args.prompt)
+    ids = generate(lm, [prompt], args.max_new_tokens or 64, tokenizer.eos)[0]
+    text, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + ids)
+    return whole[len(text):]                        # decoded together: the first piece keeps its space
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
+    if args.predictions:
+        task = args.task or "gsm8k"
+        report(score_gsm8k_predictions(args.predictions, args.data_dir or BUNDLED_DATA), task, args)
+        return 0
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    if args.run:
+        models, tokenizer, cfg = models_of_run(args.run, device, dtype)
+        if args.model not in models:
+            raise UserError(f"--model {args.model}: a {cfg.method} run has {', '.join(models)}")
+        lm, args.task = models[args.model], args.task or cfg.task
+        args.data_dir = args.data_dir or cfg.data_dir
+        args.shots = cfg.shots if args.shots is None else args.shots
+    else:
+        lm, tokenizer = load(args.ckpt or BUNDLED_CKPT, dtype=dtype, device=device)
+        args.data_dir = args.data_dir or BUNDLED_DATA
+        args.shots = (8 if args.ckpt else 0) if args.shots is None else args.shots
+    if args.prompt is not None:
+        print(complete(lm, tokenizer, args))
+        return 0
+    if not args.task:
+        raise UserError(f"--task: expected one of {', '.join(TASKS)} (or --prompt, --run, --predictions)")
+    report(evaluate(lm, tokenizer, args.task, args, args.task), args.task, args)
+    return 0
+
+
+def report(result: dict, task: str, args):
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(f"{task}: {result['correct']} of {result['total']} correct, accuracy {result['accuracy']:.2%}")
+
+
+if __name__ == "__main__":
+    main_guard(main)
