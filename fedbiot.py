@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lora import add_lora, load_lora, lora_tensors
+from lora import add_lora, copy_into, lora_tensors
 from model import LM, ModelConfig, UserError
 
 Payload = dict[str, Tensor]
@@ -124,7 +124,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 class LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_student, h_teacher, W, weights, needs_grad):
+    def forward(ctx, h_student, h_teacher, W, weights, needs_grad, offset):
         loss, dh = weights.new_zeros(()), torch.empty_like(h_student) if needs_grad else None
         for rows in chunks(h_student, W):
             w = weights[rows, None]                                     # (n, 1)
@@ -132,6 +132,9 @@ class LinearKL(torch.autograd.Function):
             apart = torch.where(w != 0, h_student[rows], 0).float() - h_t.float()
             t = project(h_t, W)                                         # (n, V), teacher's logits
             delta = project(apart.to(W.dtype), W)                       # student's minus teacher's
+            if offset is not None:
+                more = torch.where(w != 0, offset[rows], 0).float()
+                t, delta = t + more, delta - more
             t -= t.amax(-1, keepdim=True)
             s = t + delta
             top = s.amax(-1, keepdim=True)
@@ -145,7 +148,7 @@ class LinearKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        return ctx.saved_tensors[0] * g.to(ctx.saved_tensors[0].dtype), None, None, None, None
+        return ctx.saved_tensors[0] * g.to(ctx.saved_tensors[0].dtype), None, None, None, None, None
 
 
 def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -157,15 +160,16 @@ def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor)
     return LinearCrossEntropy.apply(h, W, targets, weights, torch.is_grad_enabled() and h.requires_grad)
 
 
-def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor) -> Tensor:
+def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor, offset=None) -> Tensor:
     """sum_i w_i * KL(softmax(W h_teacher_i) || softmax(W h_student_i)): a scalar, fp32. Eq. 5.
 
     h_* (N, D), W (V, D) frozen, weights (N,) fp32, 0 = ignored. Gradient for h_student only. The two
     logits' difference is W (h_s - h_t), so that bf16 rounds the *disagreement*: near agreement the
-    gradient of two separately rounded softmaxes is noise.
+    gradient of two separately rounded softmaxes is noise. `offset` (N, V), where there is one, is
+    added to the teacher's logits (FedPT's black box; not for FedBiOT).
     """
     needs_grad = torch.is_grad_enabled() and h_student.requires_grad
-    return LinearKL.apply(h_student, h_teacher.detach(), W, weights, needs_grad)
+    return LinearKL.apply(h_student, h_teacher.detach(), W, weights, needs_grad, offset)
 
 
 def proximal(pairs, scale: float) -> Tensor:
@@ -308,7 +312,7 @@ class Server:
         return {"learnt": learnt, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict):
-        load_lora(self.student, state["learnt"])
+        copy_into(self.emulated | self.tuned, state["learnt"])
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
 
@@ -319,7 +323,8 @@ class Client:
     def __init__(self, bootstrap: Payload, cfg, device="cpu"):
         self.cfg = cfg
         self.lm = add_lora(lm_from(bootstrap, device), cfg.rank, cfg.alpha, generator(0)).requires_grad_(False)
-        self.tuned = lora_tensors(self.lm, self.adapter(self.lm, cfg))
+        self.received = lora_tensors(self.lm)                           # LoRA of E and A: what a broadcast holds
+        self.tuned = lora_tensors(self.lm, self.adapter(self.lm, cfg))  # LoRA of A: trained here
         for p in self.tuned.values():
             p.requires_grad_()
 
@@ -333,7 +338,7 @@ class Client:
         Nothing below the adapter needs a gradient, so autograd keeps no activation of the emulator.
         """
         cfg, losses = self.cfg, []
-        load_lora(self.lm, payload)
+        copy_into(self.received, payload)
         pairs = self.proximal_pairs({name: p.detach().clone() for name, p in self.tuned.items()})
         optimizer = torch.optim.AdamW(self.tuned.values(), lr=cfg.lr, betas=(0.9, 0.95))
         for batch in examples.batches(cfg.local_steps, cfg.batch_size, (cfg.seed, t, m)):

@@ -1,7 +1,7 @@
 """LoRA by hand (Hu et al. 2021, arXiv 2106.09685): y = W x + (alpha / r) B A x on wq and wv, W frozen.
 
 In order: LoRALinear; add_lora (an LM around the same frozen tensors, with LoRA in every block);
-lora_tensors and load_lora (collect and load A and B by name, strict).
+lora_tensors (A and B by name) and copy_into (load them, strict).
 """
 import math
 
@@ -59,10 +59,9 @@ def lora_tensors(lm: LM, layer_ids=None) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def load_lora(lm: LM, tensors: dict[str, Tensor], layer_ids=None):
-    """Copies `tensors` into the LoRA of `layer_ids` (default: every layer): each name once, each shape right."""
-    own = lora_tensors(lm, layer_ids)
-    assert own.keys() == tensors.keys(), f"LoRA names differ: {sorted(own.keys() ^ tensors.keys())[:4]}"
+def copy_into(own: dict[str, Tensor], tensors: dict[str, Tensor]):
+    """Copies `tensors` into those of the same names: each name once, each shape right."""
+    assert own.keys() == tensors.keys(), f"names differ: {sorted(own.keys() ^ tensors.keys())[:4]}"
     for name, p in own.items():
         assert p.shape == tensors[name].shape, f"{name}: expected {tuple(p.shape)}, found {tuple(tensors[name].shape)}"
         p.copy_(tensors[name])

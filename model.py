@@ -221,6 +221,9 @@ class LM(nn.Module):
         """The same embeddings, norm and head around other blocks. Nothing is copied."""
         return LM(self.config, layers, self.tok_embeddings, self.norm, self.output)
 
+    def caches(self, batch: int, slots: int) -> list[KVCache]:
+        return [KVCache(self.config, batch, slots, self.tok_embeddings.weight) for _ in self.layers]
+
     def rope(self, positions: Tensor) -> Tensor:
         """Cosine and sine of every position's angles, fp32: (T,) -> (T, 1, d/2, 2)."""
         d = self.config.head_dim
@@ -450,8 +453,7 @@ def generate_batch(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos: i
     """One batch of `generate`. Finished rows leave the batch once they are a quarter of it."""
     device = lm.tok_embeddings.weight.device
     longest = max(map(len, prompts))
-    caches = [KVCache(lm.config, len(prompts), longest + max_new_tokens, lm.tok_embeddings.weight)
-              for _ in lm.layers]
+    caches = lm.caches(len(prompts), longest + max_new_tokens)
     tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)    # (B, T)
     slots = torch.tensor([len(p) for p in prompts], device=device)      # where a row's next token goes
     rows = torch.arange(len(prompts), device=device)
@@ -488,7 +490,7 @@ def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos: int, ba
     assert all(prompts), "generate: an empty prompt; begin with BOS"
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     outputs: list = [None] * len(prompts)
-    bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False)
+    bar = tqdm(total=len(prompts), desc=progress, disable=None if progress else True, leave=False)
     for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
         texts = generate_batch(lm, [prompts[i] for i in batch], max_new_tokens, eos,
