@@ -134,7 +134,8 @@ class LinearKL(torch.autograd.Function):
             delta = project(apart.to(W.dtype), W)                       # student's minus teacher's
             if offset is not None:
                 more = torch.where(w != 0, offset[rows], 0).float()
-                t, delta = t + more, delta - more
+                t += more
+                delta -= more
             t -= t.amax(-1, keepdim=True)
             s = t + delta
             top = s.amax(-1, keepdim=True)
