@@ -296,9 +296,11 @@ class Shard:
                 yield collate(examples[b * size:(b + 1) * size])
 
 
-def make_shards(task: str, data_dir, tokenizer, clients: int, max_len: int, seed: int) -> list[Shard]:
-    """The clients' training data of a task, one Shard a client."""
-    examples = Examples(READERS[task](data_dir), tokenizer, max_len, f"{task}'s training data")
+def make_shards(task: str, data_dir, tokenizer, clients: int, max_len: int, seed: int,
+                hold_out: int = 0) -> list[Shard]:
+    """The clients' training data of a task, one Shard a client, without the file's last `hold_out` rows."""
+    rows = READERS[task](data_dir)
+    examples = Examples(rows[:max(len(rows) - hold_out, 0)], tokenizer, max_len, f"{task}'s training data")
     return [Shard(examples, part) for part in partition([row.label for row in examples.rows], clients, seed)]
 
 

@@ -69,7 +69,8 @@ def gsm8k_shots(shots: int) -> str:
 
 def score_gsm8k(lm: LM, tokenizer, opts, progress: str) -> dict:
     """Greedy chain of thought. Without shots the prompt is the training template's."""
-    rows = read_gsm8k(opts.data_dir, "test")[:opts.limit or None]
+    rows = read_gsm8k(opts.data_dir, "train")[-opts.validate:] if opts.validate else read_gsm8k(opts.data_dir, "test")
+    rows = rows[:opts.limit or None]
     head = gsm8k_shots(opts.shots)
     prompts = [f"{head}Q: {row.instruction}\nA:" if opts.shots else prompt_of(row.instruction) for row in rows]
     ids = [[tokenizer.bos] + tokenizer.encode(prompt) for prompt in prompts]
@@ -96,7 +97,7 @@ def accuracy(predicted: list, gold: list) -> dict:
 
 def evaluate(lm: LM, tokenizer, task: str, opts, progress: str = "evaluate") -> dict:
     """{"correct", "total", "accuracy", …} of a model on a task's test set. `opts` holds data_dir, limit,
-    shots, batch_size, max_new_tokens (0 = the task's)."""
+    shots, batch_size, max_new_tokens (0 = the task's), validate (score that many held-out training rows instead)."""
     if task == "gsm8k":
         return score_gsm8k(lm, tokenizer, opts, progress)
     raise UserError(f"--task {task}: no evaluation yet")
@@ -165,6 +166,7 @@ def parse_args(argv=None):
     add("--device", default="auto")
     add("--threads", type=int, default=0, help="CPU threads (0: all cores)")
     add("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(validate=0)
     args = parser.parse_args(argv)
     for name in ("limit", "max_new_tokens", "threads"):
         if getattr(args, name) < 0:

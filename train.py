@@ -52,6 +52,7 @@ class RunConfig(Config):
     shots: int | None = option(None, "worked examples in the evaluation's prompt; bundled model 0, else 8")
     eval_every: int = option(0, "rounds between evaluations (0: only at the end)")
     eval_limit: int = option(0, "first N test examples (0: all)")
+    validate: int = option(0, "hold out the last N training rows and score those, not the test set (gsm8k)")
     eval_batch: int = option(64, "sequences generated at a time")
     device: str = option("auto", "cpu, cuda, cuda:1, …; auto: a GPU where there is one")
     dtype: str = option("auto", "of the frozen weights; auto: bf16 on CUDA, else fp32",
@@ -102,7 +103,7 @@ def check(cfg: RunConfig):
     """Ranges, before anything is read."""
     for name, least in (("rounds", 1), ("local_steps", 1), ("batch_size", 1), ("rank", 1), ("clients", 1),
                         ("threads", 1), ("eval_batch", 1), ("align_init", 0), ("align_steps", 0), ("eval_every", 0),
-                        ("eval_limit", 0), ("clients_per_round", 0), ("seed", 0), ("shots", 0), ("max_len", 2)):
+                        ("eval_limit", 0), ("validate", 0), ("clients_per_round", 0), ("seed", 0), ("shots", 0), ("max_len", 2)):
         if getattr(cfg, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected {least} or more")
     for name in ("lr", "server_lr", "kl_weight", "prox", "alpha"):
@@ -110,6 +111,8 @@ def check(cfg: RunConfig):
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected a finite number, 0 or more")
     if cfg.clients_per_round > cfg.clients:
         raise UserError(f"--clients-per-round {cfg.clients_per_round}: there are {cfg.clients} clients")
+    if cfg.validate and cfg.task != "gsm8k":
+        raise UserError(f"--validate {cfg.validate}: only gsm8k trains and tests on rows of one kind; leave it out")
     if cfg.method == "offsite" and cfg.clients != 1:
         raise UserError(f"--method offsite --clients {cfg.clients}: Offsite-Tuning has one client; fedot has several")
 
@@ -270,7 +273,7 @@ class Run:
         if "base" in row or not (last or cfg.eval_every and row["round"] % cfg.eval_every == 0):
             return
         opts = argparse.Namespace(data_dir=cfg.data_dir, limit=cfg.eval_limit, shots=cfg.shots,
-                                  batch_size=cfg.eval_batch, max_new_tokens=0)
+                                  batch_size=cfg.eval_batch, max_new_tokens=0, validate=cfg.validate)
         for name, lm in self.server.models().items():
             if name != "base" or "base" not in self.state["metrics"]:
                 self.state["metrics"][name] = evaluate(lm, self.tokenizer, cfg.task, opts, f"evaluate {name}")
@@ -317,7 +320,7 @@ def main(argv=None) -> int:
     state = load_state(folder, cfg)
     device = pick_device(cfg.device)
     full, tokenizer = load(cfg.ckpt, dtype=pick_dtype(cfg.dtype, device), device=device)
-    shards = make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len, cfg.seed)
+    shards = make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len, cfg.seed, cfg.validate)
     public = make_public(cfg.data_dir, tokenizer, cfg.max_len)
     print_plan(costs, model_config, cfg)
     print(f"{'run':16}  {folder}\n", flush=True)
