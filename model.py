@@ -68,10 +68,10 @@ class ModelConfig:
                 try:
                     fields = json.loads(path.read_text())
                     return parse(fields)
-                except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-                    raise UserError(f"{path}: expected a LLaMA's configuration as a JSON object; {error!r}") from None
                 except UserError as error:
                     raise UserError(f"{path}: {error}") from None
+                except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
+                    raise UserError(f"{path}: expected a LLaMA's configuration as a JSON object; {error!r}") from None
         raise UserError(f"--ckpt {folder}: expected a folder with params.json (Meta) or config.json (Hugging Face)")
 
     @classmethod
@@ -300,7 +300,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             header = json.loads(file.read(length))
             entries = [(name, e["dtype"], [int(n) for n in e["shape"]], *map(int, e["data_offsets"]))
                        for name, e in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
             raise UserError(f"{path}: the safetensors header is damaged; download the file again") from None
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
     tensors, end = {}, 0
@@ -394,6 +394,8 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
             if name not in shapes:
                 raise UserError(f"{path}: surplus tensor {key}, which a LLaMA of {config.n_layers} layers does not have")
             dim = split_dim(name) if parts > 1 else None
+            if dim is not None and shapes[name][dim] % parts:
+                raise UserError(f"{path}: {key} of shape {list(shapes[name])} does not split into {parts} shards")
             shape = [n // parts if i == dim else n for i, n in enumerate(shapes[name])]
             if list(tensor.shape) != shape or tensor.dtype not in SAFETENSORS_DTYPES.values():
                 raise UserError(f"{path}: {key} is {tensor.dtype} {list(tensor.shape)}, expected floats of shape {shape}")
@@ -408,13 +410,15 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
                 state[name] = torch.empty(shapes[name], dtype=dtype, device=device)
             here = state[name] if dim is None else state[name].narrow(dim, shard * shape[dim], shape[dim])
             here.copy_(tensor)
-        del tensors, tensor                              # unmaps this shard before the next is opened
+        tensors = tensor = None                          # unmaps this shard before the next is opened
     missing = [name for name in shapes if seen.get(name, 0) != parts]
     if missing:
         raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
     if config.tied:
         state["output.weight"] = state["tok_embeddings.weight"]
     lm.load_state_dict(state, assign=True)
+    if config.tied:
+        lm.output.weight = lm.tok_embeddings.weight      # one parameter again: shipped once
     return lm.requires_grad_(False)
 
 
@@ -442,10 +446,11 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     if temperature == 0:
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)
-    p, ids = p.sort(-1, descending=True, stable=True)
+    p, ids = p.sort(dim=-1, descending=True, stable=True)
     if top_k:
         p[:, top_k:] = 0
-    p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0          # the first piece always stays
+    beyond = p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)
+    p[:, 1:][beyond[:, 1:]] = 0                                         # the first piece always stays
     return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
