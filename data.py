@@ -290,7 +290,8 @@ class Shard:
         size = min(batch_size, len(self))
         passes = -(-steps * size // len(self))
         drawn = np.concatenate([rng.permutation(len(self)) for _ in range(passes)])[:steps * size]
-        for window in np.split(drawn, range(10 * size, len(drawn), 10 * size)):
+        width = size * min(10, len(self) // size)           # at most a pass: no batch of one example's copies
+        for window in np.split(drawn, range(width, len(drawn), width)):
             examples = sorted((self.examples[self.indices[i]] for i in window), key=lambda e: len(e.ids))
             for b in rng.permutation(-(-len(examples) // size)):
                 yield collate(examples[b * size:(b + 1) * size])
