@@ -1,15 +1,20 @@
 """LoRA by hand (Hu et al. 2021, arXiv 2106.09685): y = W x + (alpha / r) B A x on wq and wv, W frozen.
 
 In order: LoRALinear; add_lora (an LM around the same frozen tensors, with LoRA in every block);
-lora_tensors (A and B by name) and copy_into (load them, strict).
+lora_tensors (A and B by name) and copy_into (load them, strict); merged (W + (alpha / r) B A);
+write_peft, read_lora, start_from (PEFT's adapter folders, a run's lora.pt).
 """
+import json
 import math
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import LM, Block
+from model import (LM, Block, ModelConfig, UserError, from_hf_name, read_pickle, read_safetensors, to_hf, to_meta_rows,
+                   write_safetensors)
 
 TARGETS = ("wq", "wv")                  # ABLATE: which matrices of an attention carry LoRA
 
@@ -65,3 +70,69 @@ def copy_into(own: dict[str, Tensor], tensors: dict[str, Tensor]):
     for name, p in own.items():
         assert p.shape == tensors[name].shape, f"{name}: expected {tuple(p.shape)}, found {tuple(tensors[name].shape)}"
         p.copy_(tensors[name])
+
+
+# ---- in and out ---------------------------------------------------------------------------------
+
+@torch.no_grad()
+def merged(lm: LM) -> dict[str, Tensor]:
+    """`lm`'s weights by Meta's names, W + (alpha / r) B A for W, layers numbered from 0. The sum is
+    made in fp32, on a copy, and cast back to W's dtype."""
+    number = {old: str(new) for new, old in enumerate(lm.layers)}
+    loras, state = {n: m for n, m in lm.named_modules() if isinstance(m, LoRALinear)}, {}
+    for name, p in lm.state_dict().items():
+        if m := loras.get(name.removesuffix(".weight")):
+            p = (p.float() + m.scale * (m.lora_B @ m.lora_A)).to(p.dtype)
+        part = name.split(".")
+        if ".lora_" not in name:
+            state[".".join(["layers", number[part[1]], *part[2:]]) if part[0] == "layers" else name] = p
+    return state
+
+
+def write_peft(folder: Path, lm: LM, base: str):
+    """A PEFT adapter for the checkpoint `base` in its Hugging Face form."""
+    lora = to_hf({name: p.detach() for name, p in lora_tensors(lm).items()}, lm.config)
+    module = next(m for m in lm.modules() if isinstance(m, LoRALinear))
+    rank, parts = len(module.lora_A), [name.split(".") for name in lora]
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+              "lora_alpha": module.scale * rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+              "target_modules": sorted({p[-2] for p in parts}), "layers_to_transform": sorted({int(p[2]) for p in parts})}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    write_safetensors(folder / "adapter_model.safetensors", {f"base_model.model.{n}.weight": p for n, p in lora.items()})
+
+
+def read_lora(path: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """A and (alpha / r) B by our names, fp32, of a PEFT adapter's folder, a run's folder, or its lora.pt."""
+    folder, is_peft = path if path.is_dir() else path.parent, (path / "adapter_config.json").is_file()
+    try:
+        about = json.loads((folder / ("adapter_config.json" if is_peft else "config.json")).read_text())
+        scale = about["lora_alpha"] / about["r"] if is_peft else about["alpha"] / about["rank"]
+        odd = [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if about.get(k)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        raise UserError(f"--init-lora {path}: expected the folder of a run or of a PEFT LoRA adapter") from None
+    if odd:
+        raise UserError(f"--init-lora {path}: only plain LoRA can be read, and this one has {odd[0]}")
+    tensors = {}
+    file = path if path.is_file() else path / ("adapter_model.safetensors" if is_peft else "lora.pt")
+    for name, t in (read_safetensors if is_peft else read_pickle)(file).items():
+        if is_peft:
+            stem, _, letter = name.removeprefix("base_model.model.").partition(".lora_")
+            name = from_hf_name(f"{stem}.weight").removesuffix("weight") + f"lora_{letter[:1]}"
+            if name.endswith("wq.lora_B"):
+                t = to_meta_rows(t, config.n_heads)
+        tensors[name] = t.float() * scale if name.endswith("B") else t.float()
+    return tensors
+
+
+def start_from(path: Path, own: dict[str, Tensor], config: ModelConfig, scale: float):
+    """--init-lora: what `path` has of `own` is copied there; notes name the rest."""
+    given = read_lora(path, config)
+    fits = {n: t / scale if n.endswith("B") else t for n, t in given.items() if n in own}
+    wrong = [f"{n} {list(t.shape)}, here {list(own[n].shape)}" for n, t in fits.items() if t.shape != own[n].shape]
+    if wrong or not fits:
+        raise UserError(f"--init-lora {path}: another --rank, other layers or another model: its "
+                        + (wrong[0] if wrong else f"{', '.join(list(given)[:2])}, here {', '.join(list(own)[:2])}"))
+    for text, names in (("not used", given.keys() - own.keys()), ("not in it, so they start anew", own.keys() - fits.keys())):
+        if names:
+            print(f"note: --init-lora: {text}: {', '.join(sorted({n.rsplit('.', 1)[0] for n in names}))}", file=sys.stderr)
+    copy_into({n: own[n] for n in fits}, fits)

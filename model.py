@@ -1,8 +1,8 @@
 """A LLaMA decoder by hand: Touvron et al. 2023 (arXiv 2302.13971, 2307.09288), with Meta's names.
 
 In order: UserError, ModelConfig; RMSNorm, rotate, KVCache, Attention, FeedForward, Block, LM;
-Tokenizer; load (Meta's and Hugging Face's folders, mapped, strict, only the layers asked for);
-generate (greedy or sampled, batched, preallocated cache).
+Tokenizer; load (Meta's and Hugging Face's folders, mapped, strict, only the layers asked for) and
+write_checkpoint (either of them); generate (greedy or sampled, batched, preallocated cache).
 
 Shapes: B sequences, T tokens, D dim, H query heads, G key/value heads, d = D / H, V vocabulary.
 
@@ -12,6 +12,7 @@ Shapes: B sequences, T tokens, D dim, H query heads, G key/value heads, d = D / 
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,14 @@ class ModelConfig:
         return cls(p["dim"], p["n_layers"], p["n_heads"], p.get("n_kv_heads") or p["n_heads"],
                    p.get("vocab_size", -1), hidden, p["norm_eps"], p.get("rope_theta") or 10000.0)
 
+    def to_params(self) -> dict:
+        """The inverse of from_params, exactly: a multiplier where `multiple_of` 256 misses hidden_dim."""
+        p = {"dim": self.dim, "n_layers": self.n_layers, "n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads,
+             "vocab_size": self.vocab_size, "multiple_of": 256, "norm_eps": self.norm_eps, "rope_theta": self.rope_theta}
+        if self.from_params(p).hidden_dim != self.hidden_dim:
+            p |= {"multiple_of": 1, "ffn_dim_multiplier": (self.hidden_dim + 0.5) / int(8 * self.dim / 3)}
+        return p
+
     @classmethod
     def from_hf(cls, c: dict) -> "ModelConfig":
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}      # transformers 5, 4
@@ -102,6 +111,13 @@ class ModelConfig:
         return cls(c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
                    c.get("num_key_value_heads") or c["num_attention_heads"], c["vocab_size"],
                    c["intermediate_size"], c["rms_norm_eps"], theta, bool(c.get("tie_word_embeddings")))
+
+    def to_hf(self) -> dict:
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                "hidden_size": self.dim, "num_hidden_layers": self.n_layers, "num_attention_heads": self.n_heads,
+                "num_key_value_heads": self.n_kv_heads, "vocab_size": self.vocab_size,
+                "intermediate_size": self.hidden_dim, "rms_norm_eps": self.norm_eps, "rope_theta": self.rope_theta,
+                "max_position_embeddings": 4096, "tie_word_embeddings": self.tied}      # 4096: LLaMA 2's
 
 
 # ---- the decoder --------------------------------------------------------------------------------
@@ -289,6 +305,34 @@ def to_meta_rows(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
+def to_hf(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Weights, or LoRA's A and B, under Hugging Face's names and with its order of rows in q and k."""
+    names, heads = {ours: theirs for theirs, ours in HF_NAMES.items()}, {"wq": config.n_heads, "wk": config.n_kv_heads}
+    out = {}
+    for name, tensor in tensors.items():
+        if part := re.fullmatch(r"(layers\.\d+)\.(.+)\.(weight|lora_A|lora_B)", name):
+            n = heads.get(part[2].split(".")[-1])
+            if n and part[3] != "lora_A":                              # the inverse of to_meta_rows
+                tensor = tensor.unflatten(0, (n, -1, 2)).transpose(1, 2).flatten(0, 2)
+            name = f"model.{part[1]}.{names[part[2]]}.{part[3]}"
+        out[names.get(name, name)] = tensor
+    return out
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]):
+    codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in tensors.items():
+        start, end = end, end + t.numel() * t.element_size()
+        header[name] = {"dtype": codes[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)                                     # the data begin aligned
+    with open(path, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for t in tensors.values():
+            t.cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(file)
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The format: 8 bytes little-endian header length, a JSON header, the tensors' bytes. All mapped."""
     size = path.stat().st_size
@@ -373,6 +417,7 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
     """An LM from a folder's weights, frozen; only `layer_ids` (default: all) are read.
 
     Strict: every tensor of the architecture once, in its shape, and nothing else; UserError otherwise.
+    `dtype` None: as stored.
     One shard is mapped at a time, and copied tensor by tensor.
     """
     folder = Path(folder)
@@ -407,7 +452,7 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
             if not is_meta and name.endswith(("wq.weight", "wk.weight")):
                 tensor = to_meta_rows(tensor, config.n_heads if name.endswith("wq.weight") else config.n_kv_heads)
             if name not in state:
-                state[name] = torch.empty(shapes[name], dtype=dtype, device=device)
+                state[name] = torch.empty(shapes[name], dtype=dtype or tensor.dtype, device=device)
             here = state[name] if dim is None else state[name].narrow(dim, shard * shape[dim], shape[dim])
             here.copy_(tensor)
         tensors = tensor = None                          # unmaps this shard before the next is opened
@@ -439,6 +484,23 @@ def load(folder, layer_ids=None, dtype=torch.float32, device="cpu") -> tuple[LM,
     return load_weights(folder, config, layer_ids, dtype, device), tokenizer
 
 
+def write_checkpoint(folder: Path, state: dict[str, Tensor], config: ModelConfig, source: Path, form: str):
+    """Weights by Meta's names as a checkpoint folder, `form` meta or hf, with the tokenizer of `source`."""
+    if form == "meta":
+        torch.save({name: t.cpu() for name, t in state.items()}, folder / "consolidated.00.pth")
+        (folder / "params.json").write_text(json.dumps(config.to_params(), indent=1))
+    else:
+        tokens = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+                  "add_bos_token": True, "legacy": False}
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokens, indent=1))
+        dtype = {"torch_dtype": str(state["norm.weight"].dtype).removeprefix("torch.")}
+        (folder / "config.json").write_text(json.dumps(config.to_hf() | dtype, indent=1))
+        write_safetensors(folder / "model.safetensors", to_hf(
+            {name: t for name, t in state.items() if not (config.tied and name == "output.weight")}, config))
+    for path in source.glob("tokenizer*" if form == "hf" else "tokenizer.model"):
+        shutil.copyfile(path, folder / path.name)
+
+
 # ---- generation ---------------------------------------------------------------------------------
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator) -> Tensor:
@@ -454,7 +516,7 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
-def generate_batch(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos: int, pick) -> list[list[int]]:
+def generate_batch(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos: int, stop: int, pick) -> list[list[int]]:
     """One batch of `generate`. Finished rows leave the batch once they are a quarter of it."""
     device = lm.tok_embeddings.weight.device
     longest = max(map(len, prompts))
@@ -469,7 +531,7 @@ def generate_batch(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos: i
     for step in range(max_new_tokens):
         token = pick(lm.output(x)).masked_fill(done, eos)               # (B,)
         output[rows, step] = token
-        done = done | (token == eos)
+        done = done | (token == eos) | (token == stop)
         if step % look_every == 0 and (finished := int(done.sum())) * 4 >= len(rows):
             if finished == len(rows):
                 break
@@ -486,11 +548,12 @@ def generate_batch(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos: i
 
 @torch.inference_mode()
 def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos: int, batch_size: int = 64, temperature=0.0,
-             top_k=0, top_p=1.0, generator=None, progress: str | None = None) -> list[list[int]]:
+             top_k=0, top_p=1.0, generator=None, stop: int | None = None, progress: str | None = None) -> list[list[int]]:
     """New token ids of each prompt, without EOS, in the prompts' order.
 
     Greedy at temperature 0, else sampled with `generator` (on the model's device). Prompts are
-    sorted by length so that a batch wastes little padding; `progress` names a progress bar.
+    sorted by length so that a batch wastes little padding; a text also ends behind the piece `stop`;
+    `progress` names a progress bar.
     """
     assert all(prompts), "generate: an empty prompt; begin with BOS"
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -498,7 +561,7 @@ def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos: int, ba
     bar = tqdm(total=len(prompts), desc=progress, disable=None if progress else True, leave=False)
     for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
-        texts = generate_batch(lm, [prompts[i] for i in batch], max_new_tokens, eos,
+        texts = generate_batch(lm, [prompts[i] for i in batch], max_new_tokens, eos, eos if stop is None else stop,
                                lambda z: choose(z, temperature, top_k, top_p, generator))
         for i, text in zip(batch, texts):
             outputs[i] = text
