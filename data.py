@@ -288,7 +288,7 @@ class Shard:
         """
         rng = np.random.default_rng(key)
         size = min(batch_size, len(self))
-        passes = -(-steps * size // len(self))
+        passes = max(-(-steps * size // len(self)), 1)      # steps 0: an empty draw of one
         drawn = np.concatenate([rng.permutation(len(self)) for _ in range(passes)])[:steps * size]
         width = size * min(10, len(self) // size)           # at most a pass: no batch of one example's copies
         for window in np.split(drawn, range(width, len(drawn), width)):
