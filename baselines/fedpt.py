@@ -1,0 +1,131 @@
+"""FedPT: Gao et al. 2024 (arXiv 2410.00362). A black-box large model is tuned by way of a small one.
+
+    z_L         logits of the large model, which is asked for nothing else and never leaves the server
+    z_S, z_S0   logits of the small model with its LoRA, and with it off: one copy of its weights
+    z           z_L + alpha (z_S - z_S0), the proxy-tuned model
+
+A round: (1) broadcast the small model's LoRA; (2) clients tune it; (3) average, S; (4) the proxy z from S;
+(5) distil z back into S on public data: KL(softmax(z) || softmax(z_S)). Clients are FedAvg's, on the small model.
+z_S0 is the untuned model in every round, so z_L - z_S0 is added again in each: watch `drift`, the mean
+||z_S - z_S0|| over the answers' tokens; keep the steps few, or alpha below 1.
+"""
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from baselines import fedavg
+from baselines.fedavg import Client  # noqa: F401  (2): plain cross-entropy on the small model's LoRA
+from fedbiot import SERVER, generator, linear_kl
+from lora import copy_into
+from model import LM, ModelConfig, Tokenizer, UserError, load_weights
+
+SMALL = Path(__file__).resolve().parent.parent / "tiny" / "small"
+
+
+def small_config(cfg, vocab_size: int) -> tuple[Path, ModelConfig]:
+    """Folder and architecture of the small model; UserError unless its vocabulary is the large one's."""
+    folder = Path(cfg.proxy_ckpt or SMALL)
+    c = ModelConfig.read(folder)
+    c = ModelConfig(**{**vars(c), "vocab_size": vocab_size}) if c.vocab_size == -1 else c
+    if vocab_size not in (-1, c.vocab_size):                            # -1: the tokenizer's, in old params.json
+        raise UserError(f"--proxy-ckpt {folder}: its vocabulary has {c.vocab_size} pieces, the large model's {vocab_size}; "
+                        f"their logits can only be added over the same pieces")
+    return folder, c
+
+
+def check_pieces(cfg):
+    """UserError unless both folders' tokenizers have the same pieces in the same order."""
+    here, there = Path(cfg.ckpt), Path(cfg.proxy_ckpt or SMALL)
+    a, b = ([t.pieces.id_to_piece(i) for i in range(t.vocab_size)] for t in
+            (Tokenizer(folder / "tokenizer.model") for folder in (here, there)))
+    if a != b:
+        raise UserError(f"--proxy-ckpt {there}: its tokenizer has other pieces than {here}'s; "
+                        f"their logits can only be added over the same pieces")
+
+
+class Proxy(nn.Module):
+    """z = z_L + alpha (z_S - z_S0), with what `generate` asks of a model. Untuned, z is z_L exactly."""
+
+    def __init__(self, large: LM, small: LM, untuned: LM, alpha: float):
+        super().__init__()
+        self.large, self.small, self.untuned, self.alpha = large, small, untuned, alpha
+        self.config, self.tok_embeddings = large.config, large.tok_embeddings
+
+    def caches(self, batch: int, slots: int) -> list:
+        return [cache for lm in (self.large, self.small, self.untuned) for cache in lm.caches(batch, slots)]
+
+    def hidden(self, tokens: Tensor, caches=None, slots=None, mask=None) -> Tensor:
+        """(B, T) -> (B, T, D_L + D_S): what the heads read, so that `output` can be asked for few positions."""
+        n, k = len(self.large.layers), len(self.large.layers) + len(self.small.layers)
+        own = (caches[:n], caches[n:k], caches[k:]) if caches else (None, None, None)
+        large, small, untuned = (lm.hidden(tokens, c, slots, mask)
+                                 for lm, c in zip((self.large, self.small, self.untuned), own))
+        return torch.cat((large, small - untuned), -1)
+
+    def output(self, h: Tensor) -> Tensor:                              # (..., D_L + D_S) -> (..., V)
+        D = self.config.dim
+        return self.large.output(h[..., :D]) + self.alpha * self.small.output(h[..., D:])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.output(self.hidden(tokens))
+
+
+class Server(fedavg.Server):
+    def __init__(self, full: LM, public, cfg):
+        """`full` is the large model; the small one is read here."""
+        head = full.output.weight
+        folder, config = small_config(cfg, full.config.vocab_size)
+        small = load_weights(folder, config, dtype=head.dtype, device=head.device)
+        super().__init__(small, public, cfg)                            # self.full: S0, self.lm: S
+        self.large = full
+        self.snapshot, self.averaged = self.adapted(small, cfg, generator(0))   # S as averaged: the proxy's
+        copy_into(self.averaged, self.tuned)
+
+    def aggregate(self, t: int, uploads, weights):
+        super().aggregate(t, uploads, weights)                          # (3)
+        copy_into(self.averaged, self.tuned)                            # (4): the teacher, frozen before (5)
+        self.distil(t)
+
+    def distil(self, t: int):
+        """(5) PAPER SILENT: temperature 1, proxy_steps steps of a new AdamW at server_lr."""
+        cfg, sums = self.cfg, torch.zeros(2)
+        for p in self.tuned.values():
+            p.requires_grad_()
+        optimizer = torch.optim.AdamW(self.tuned.values(), lr=cfg.server_lr, betas=(0.9, 0.95))
+        batches = self.public.batches(cfg.proxy_steps, cfg.batch_size, (cfg.seed, t, SERVER))
+        for batch in tqdm(batches, "distil", cfg.proxy_steps, leave=False, disable=None):
+            kl, drift = self.distillation_loss(batch.to(self.large.output.weight.device))
+            optimizer.zero_grad()
+            kl.backward()
+            optimizer.step()
+            sums += torch.stack((kl.detach(), drift)).cpu()
+        self.lm.requires_grad_(False)
+        if cfg.proxy_steps:
+            kl, drift = (sums / cfg.proxy_steps).tolist()
+            self.metrics = {"distill_kl": kl, "drift": drift}
+
+    def distillation_loss(self, batch) -> tuple[Tensor, Tensor]:
+        """(KL(proxy || small), mean ||z_S - z_S0||) over the answers' tokens."""
+        with torch.no_grad():
+            z_L = self.large(batch.tokens).flatten(0, 1)[batch.rows]    # (N, V): all that is asked of it
+            h, h0 = (lm.hidden(batch.tokens).flatten(0, 1)[batch.rows] for lm in (self.snapshot, self.full))
+            drift = (batch.weights * self.full.output(h - h0).float().norm(dim=-1)).sum()
+        h_student = self.lm.hidden(batch.tokens).flatten(0, 1)[batch.rows]
+        return linear_kl(h_student, self.cfg.proxy_alpha * (h - h0), self.full.output.weight, batch.weights, z_L), drift
+
+    def models(self) -> dict:
+        proxy = Proxy(self.large, self.snapshot, self.full, self.cfg.proxy_alpha)
+        return {"base": self.large, "small": self.snapshot, "distilled": self.lm, "proxy": proxy}
+
+    def state_dict(self) -> dict:
+        """`learnt`: the LoRA after distillation by its own names, as averaged under `averaged.`"""
+        averaged = {f"averaged.{name}": p.detach().cpu() for name, p in self.averaged.items()}
+        return {"learnt": super().state_dict()["learnt"] | averaged}
+
+    def load_state_dict(self, state: dict):
+        learnt = state["learnt"]
+        copy_into(self.tuned, {name: p for name, p in learnt.items() if not name.startswith("averaged.")})
+        copy_into(self.averaged, {name.removeprefix("averaged."): p for name, p in learnt.items()
+                                  if name.startswith("averaged.")})

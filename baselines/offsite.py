@@ -1,0 +1,59 @@
+"""Offsite-Tuning (Xiao et al. 2023, arXiv 2302.04870) and FedOT (Kuang et al., KDD 2024): what differs from FedBiOT.
+
+    split           A = the first s and the last s layers; E = what layer dropout leaves of the middle
+    Server          E is aligned once, before anything is sent; then it is frozen and never sent again
+    Client          plain cross-entropy (epsilon = 0); A is at both ends, so backward crosses all of E too
+
+Offsite-Tuning is one client with all the data, FedOT the task's clients with weighted averaging.
+DIFFERS: the original tunes whole layers; as the FedBiOT paper's own runs of both, LoRA and floor.
+"""
+from dataclasses import replace
+
+import fedbiot
+from fedbiot import Payload, layer_extract
+from lora import copy_into
+from model import UserError
+
+
+def split(n: int, cfg) -> tuple[list[int], list[int]]:
+    """(emulator's layers, adapter's layers), 0-based indices of the full model's n layers."""
+    s = cfg.adapter
+    if not 1 <= 2 * s < n:
+        raise UserError(f"--adapter {s}: {cfg.method} tunes the first and the last s of the model's {n} layers, "
+                        f"so choose 1..{(n - 1) // 2}")
+    middle, last = layer_extract(n - s, s, cfg.dropout)                 # of what lies above the first s
+    return [s + i for i in middle], list(range(s)) + [s + i for i in last]
+
+
+class Server(fedbiot.Server):
+    split, aligned = staticmethod(split), False
+
+    def bootstrap(self) -> Payload:
+        """PAPER SILENT: neither the length nor the loss of the alignment; FedBiOT's own, align_init
+        steps with its KL, so that nothing but the method differs."""
+        if not self.aligned:
+            self.align(0, self.cfg.align_init)
+            self.aligned = True
+        return super().bootstrap() | {name: p.detach() for name, p in self.emulated.items()}
+
+    def broadcast(self, t: int) -> Payload:
+        if t:
+            self.metrics = {}                                           # nothing is aligned between rounds
+        return {name: p.detach() for name, p in self.tuned.items()}
+
+    def load_state_dict(self, state: dict):
+        super().load_state_dict(state)
+        self.aligned = True
+
+
+class Client(fedbiot.Client):
+    def __init__(self, bootstrap: Payload, cfg, device="cpu"):
+        aligned = {name: p for name, p in bootstrap.items() if ".lora_" in name}
+        frozen = {name: p for name, p in bootstrap.items() if name not in aligned}
+        super().__init__(frozen, replace(cfg, prox=0.0), device)
+        copy_into({name: p for name, p in self.received.items() if name in aligned}, aligned)
+        self.received = self.tuned
+
+    @staticmethod
+    def adapter(lm, cfg) -> list[int]:
+        return split(lm.config.n_layers, cfg)[1]
