@@ -193,13 +193,13 @@ class Examples:
     def __init__(self, rows: list[Row], tokenizer, max_len: int, what: str):
         self.tokenizer, self.max_len, self.cache = tokenizer, max_len, {}
         self.rows = [row for row in rows if self.fits(prompt_of(row.instruction, row.input))]
+        if not self.rows:
+            raise UserError(f"{what}: no example fits --max-len {max_len}; raise it" if rows else
+                            f"{what}: the file has no rows; expected at least one")
         dropped = len(rows) - len(self.rows)
         if dropped:
             print(f"note: {what}: {dropped} of {len(rows)} examples dropped, their prompts fill --max-len {max_len}",
                   file=sys.stderr)
-        if not self.rows:
-            raise UserError(f"{what}: no example fits --max-len {max_len}; raise it" if rows else
-                            f"{what}: the file has no rows; expected at least one")
 
     def fits(self, prompt: str) -> bool:
         """Does BOS + prompt leave room? A text has no more tokens than bytes (+ 1 for sentencepiece's first space)."""
