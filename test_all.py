@@ -71,11 +71,12 @@ def random_tokens(*shape, seed=0, vocab=97):
     return torch.randint(3, vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def slow_logits(lm: LM, tokens: list[int]) -> torch.Tensor:
-    """(T, V) in float64 from LLaMA's definition, head by head, with complex numbers for the rotations.
+def slow_forward(lm: LM, tokens: list[int], weights=None, cut=None) -> tuple:
+    """((T, V), what enters layer `cut`) in float64 from LLaMA's definition, head by head, rotations as complex numbers.
 
-    Uses nothing of the model but its tensors; LoRA is added to its weight as a dense matrix."""
-    c, w = lm.config, {name: t.double() for name, t in lm.state_dict().items()}
+    Uses nothing of the model but its tensors, or `weights`; LoRA is added to its weight as a dense matrix."""
+    c, w = lm.config, dict(weights or {name: t.double() for name, t in lm.state_dict().items()})
+    entered = None
     for name in [n for n in w if n.endswith("lora_A")]:
         stem = name.removesuffix("lora_A")
         w[stem + "weight"] = w[stem + "weight"] + 16 / len(w[name]) * w[stem + "lora_B"] @ w[name]
@@ -88,6 +89,7 @@ def slow_logits(lm: LM, tokens: list[int]) -> torch.Tensor:
     x = w["tok_embeddings.weight"][tokens]
     for i in sorted({int(n.split(".")[1]) for n in w if n.startswith("layers.")}):
         p = {n.removeprefix(f"layers.{i}."): t for n, t in w.items() if n.startswith(f"layers.{i}.")}
+        entered = x if i == cut else entered
         h, heads = normed(x, p["attention_norm.weight"]), []
         q, k, v = (h @ p[f"attention.{n}.weight"].T for n in ("wq", "wk", "wv"))
         for a in range(c.n_heads):
@@ -95,13 +97,17 @@ def slow_logits(lm: LM, tokens: list[int]) -> torch.Tensor:
             qa, kb = (torch.complex(z[:, 0::2], z[:, 1::2]) * turn
                       for z in (q[:, a * d:a * d + d], k[:, b * d:b * d + d]))
             scores = (qa @ kb.conj().T).real / math.sqrt(d)
-            scores[torch.ones(T, T).triu(1).bool()] = -math.inf
+            scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
             heads.append(scores.softmax(-1) @ v[:, b * d:b * d + d])
         x = x + torch.cat(heads, -1) @ p["attention.wo.weight"].T
         h = normed(x, p["ffn_norm.weight"])
         gate = h @ p["feed_forward.w1.weight"].T
         x = x + (gate * gate.sigmoid() * (h @ p["feed_forward.w3.weight"].T)) @ p["feed_forward.w2.weight"].T
-    return normed(x, w["norm.weight"]) @ w["output.weight"].T
+    return normed(x, w["norm.weight"]) @ w["output.weight"].T, entered
+
+
+def slow_logits(lm: LM, tokens: list[int], weights=None) -> torch.Tensor:
+    return slow_forward(lm, tokens, weights)[0]
 
 
 def off(found, expected) -> float:
@@ -482,6 +488,1050 @@ def test_what_is_not_a_plain_llama_is_refused_by_name():
         refused(lambda: model.load(path), "tokenizer.model", "no such file")
         (path / "tokenizer.model").write_text("aGVsbG8= 0\n")
         refused(lambda: model.load(path), "tokenizer.model", "tiktoken")
+
+
+# ---- Algorithm 1 --------------------------------------------------------------------------------
+
+def test_layer_extract_gives_the_layers_of_table_5():
+    # kills: beta for 1 - beta; n - s for n - s - 1; round for floor; adapter first
+    odd = list(range(1, 28, 2))
+    for s, beta, dropped in ((2, "0.2", [4, 9, 14, 19, 24, 28]), (4, "0.2", [4, 8, 13, 17, 22, 26]),
+                             (2, "0.5", [i for i in range(29) if i not in range(0, 27, 2)] and odd + [28]),
+                             (4, "0.5", odd[:-1] + [25, 26] if 25 not in odd[:-1] else odd[:-1] + [26])):
+        kept, adapter = fedbiot.layer_extract(32, s, Fraction(beta))
+        assert adapter == list(range(32 - s, 32)) and sorted(set(range(32 - s)) - set(kept)) == dropped, (s, beta, kept)
+
+
+def test_layer_extract_is_exact_where_floats_lose_a_layer():
+    # kills: int(j * ((n-s-1) / (n'-1))); int((1 - float(beta)) * (n - s))
+    for total in range(1, 60):
+        for kept in range(1, total + 1):
+            by_fractions = [math.floor(j * Fraction(total - 1, kept - 1)) for j in range(kept)] if kept > 1 else [0]
+            assert fedbiot.spread(total, kept) == by_fractions
+            assert fedbiot.layer_extract(total + 3, 3, 1 - Fraction(kept, total))[0] == by_fractions
+    assert fedbiot.spread(16, 14)[-1] == 15 and len(fedbiot.layer_extract(32, 2, Fraction("0.8"))[0]) == 6
+    assert fedbiot.layer_extract(5, 2, Fraction(0)) == ([0, 1, 2], [3, 4])
+    assert fedbiot.layer_extract(5, 1, Fraction("0.7")) == ([0], [4])
+
+
+def test_layer_extract_refuses_what_leaves_no_emulator_or_no_adapter():
+    # kills: s >= 0; s <= n; beta <= 1; kept == 0 let through
+    for n, s, beta, word in ((5, 0, "0.2", "1..4"), (5, 5, "0.2", "1..4"), (5, -1, "0", "1..4"), (5, 2, "1", "[0, 1)"),
+                             (5, 2, "-0.1", "[0, 1)"), (5, 2, "0.7", "no layer"), (5, 4, "0.01", "no layer")):
+        refused(lambda: fedbiot.layer_extract(n, s, Fraction(beta)), word)
+
+
+# ---- LoRA ---------------------------------------------------------------------------------------
+
+def noisy_lora(lm: LM, seed=0, std=0.1) -> LM:
+    """LoRA as after training: every A and B holds something."""
+    g = torch.Generator().manual_seed(seed)
+    for p in lora.lora_tensors(lm).values():
+        with torch.no_grad():
+            p.add_(torch.randn(p.shape, generator=g) * std)
+    return lm
+
+
+def with_lora(lm: LM, seed=0, rank=4, alpha=16.0) -> LM:
+    return lora.add_lora(lm, rank, alpha, torch.Generator().manual_seed(seed)).requires_grad_(False)
+
+
+def test_lora_is_identity_at_init():
+    # kills: B drawn like A; A zero too
+    for dtype in (torch.float32, torch.bfloat16):
+        lm, tokens = tiny_lm().to(dtype), random_tokens(2, 9)
+        twin = with_lora(lm)
+        assert torch.equal(twin(tokens), lm(tokens))
+        A = torch.cat([p.flatten() for n, p in lora.lora_tensors(twin).items() if n.endswith("A")])
+        bound = 1 / math.sqrt(48)                   # Kaiming-uniform(sqrt 5): +- sqrt(6 / (1 + 5) / d_in)
+        assert 0.99 * bound < A.abs().max() <= bound and abs(A.std() - bound / math.sqrt(3)) < 0.05 * bound
+    asserts(lambda: np.testing.assert_array_equal(*[list(lora.lora_tensors(with_lora(lm, s)).values())[0] for s in (0, 1)]))
+
+
+def test_lora_adds_its_scaled_product_to_wq_and_wv():
+    # kills: scale forgotten; alpha * rank; wk instead of wv
+    lm = noisy_lora(with_lora(tiny_lm()))
+    kinds = Counter(n.split(".", 2)[2] for n in lora.lora_tensors(lm))
+    assert kinds == {f"attention.{w}.lora_{m}": 5 for w in ("wq", "wv") for m in "AB"}
+    tokens = random_tokens(1, 12)
+    assert off(lm(tokens)[0], slow_logits(lm, tokens[0].tolist())) < 3e-6
+    assert off(lm(tokens), tiny_lm()(tokens)) > 0.05, "the case must feel its LoRA"
+
+
+def test_lora_shares_every_frozen_tensor():
+    # kills: clone of W; deepcopy of the block
+    lm = tiny_lm()
+    twin = with_lora(lm)
+    frozen = {n: p for n, p in twin.named_parameters() if ".lora_" not in n}
+    assert {n: p.data_ptr() for n, p in frozen.items()} == {n: p.data_ptr() for n, p in lm.named_parameters()}
+    assert not any(".lora_" in n for n, _ in lm.named_parameters()), "the model itself must stay as it is"
+
+
+def test_lora_over_bf16_trains_in_fp32_and_only_itself():
+    # kills: lora in the base's dtype; W left trainable
+    lm = lora.add_lora(tiny_lm().to(torch.bfloat16), 4, 16.0, torch.Generator())
+    assert {n for n, p in lm.named_parameters() if p.requires_grad} == set(lora.lora_tensors(lm))
+    noisy_lora(lm)(random_tokens(1, 6)).float().square().mean().backward()
+    for name, p in lora.lora_tensors(lm).items():
+        assert p.dtype == torch.float32 and p.grad.abs().max() > 0, name
+
+
+def test_lora_is_loaded_strictly():
+    # kills: keys not compared; broadcasting copy_
+    own = lora.lora_tensors(with_lora(tiny_lm()))
+    other = {n: random(*p.shape) for n, p in own.items()}
+    lora.copy_into(own, other)
+    assert same({n: p.data for n, p in own.items()}, other)
+    name = next(iter(own))
+    for wrong in ({n: t for n, t in other.items() if n != name}, other | {"layers.9.attention.wq.lora_A": other[name]},
+                  other | {name: other[name][:, :1]}, other | {name: torch.zeros(1, 1)}):
+        asserts(lambda: lora.copy_into(own, wrong))
+
+
+# ---- losses -------------------------------------------------------------------------------------
+
+def true_ce(h, W, y, w):
+    return (w.double() * F.cross_entropy(h @ W.T, y, reduction="none")).sum()
+
+
+def true_kl(h, h_t, W, w):
+    s, t = (h @ W.T).log_softmax(-1), (h_t @ W.T).log_softmax(-1)
+    return (w.double() * (t.exp() * (t - s)).sum(-1)).sum()
+
+
+def value_and_gradient(loss, h, *others):
+    h = h.detach().clone().requires_grad_()
+    value = loss(h, *others)
+    return value.detach(), torch.autograd.grad(value, h)[0]
+
+
+def loss_case(dtype, apart=1.0, N=96, D=64, V=211, size=1.0):
+    """Student, teacher (a step `apart`), head, targets, weights with zeros among them."""
+    h = random(N, D, seed=1, std=size)
+    h_t = h + apart * random(N, D, seed=2)
+    W, w = random(V, D, seed=3, std=0.25), torch.rand(N, generator=torch.Generator().manual_seed(4)) / N
+    w[::5] = 0
+    return h.to(dtype), h_t.to(dtype), W.to(dtype), random_tokens(N, seed=5, vocab=V), w
+
+
+def test_fused_cross_entropy_matches_float64_value_and_gradient():
+    # kills: one-hot not subtracted; weight left out of dh; max p dropped from lse; bf16 softmax
+    for dtype, value_error, error in ((torch.float32, 1e-6, 2e-6), (torch.bfloat16, 1e-3, 5e-3)):
+        for size in (1.0, 12.0) if dtype == torch.float32 else (1.0,):
+            h, _, W, y, w = loss_case(dtype, size=size)
+            found, g = value_and_gradient(fedbiot.linear_cross_entropy, h, W, y, w)
+            expected, true = value_and_gradient(true_ce, h.double(), W.double(), y, w)
+            assert found.dtype == torch.float32 and g.dtype == dtype and found.shape == ()
+            assert off(found, expected) < value_error and off(g, true) < error, (dtype, size, off(g, true))
+
+
+def test_fused_kl_matches_float64_value_and_gradient():
+    # kills: KL(student || teacher); logits made apart (bf16 noise at 1e-5); log1p/expm1 form (wrong above 40)
+    for dtype in (torch.float32, torch.bfloat16):
+        for apart, low, high in ((2e-3, 3e-6, 3e-5), (3e-2, 1e-4, 1e-1), (0.5, 1e-2, 5), (30.0, 40, 1e4)):
+            error = (5e-2 if apart > 1 else 2e-2) if dtype == torch.bfloat16 else 1e-5 if apart > 0.01 else 5e-5
+            h, h_t, W, _, w = loss_case(dtype, apart, size=20.0 if apart > 1 else 1.0)
+            found, g = value_and_gradient(fedbiot.linear_kl, h, h_t, W, w)
+            expected, true = value_and_gradient(true_kl, h.double(), h_t.double(), W.double(), w)
+            assert low < expected / w.sum() < high, (dtype, apart, expected / w.sum())
+            bound = 2e-7 * w.sum() + error * expected            # fp32 lse of two rows differ by its last digit
+            assert found.dtype == torch.float32 and abs(found - expected) <= bound, (dtype, apart, found, expected)
+            assert off(g, true) < error, (dtype, apart, off(g, true))
+
+
+def both_losses(h, h_t, W, y, w):
+    return fedbiot.linear_cross_entropy(h, W, y, w) + fedbiot.linear_kl(h, h_t, W, w)
+
+
+def test_losses_ignore_rows_of_weight_zero_whatever_they_hold():
+    # kills: single where (inf * 0 = nan)
+    for dtype in (torch.float32, torch.bfloat16):
+        h, h_t, W, y, w = loss_case(dtype)
+        clean, g = value_and_gradient(both_losses, h, h_t, W, y, w)
+        for bad in (math.inf, -math.inf, math.nan, 1e38):
+            for both in (False, True):
+                dirty, teacher = h.clone(), h_t.clone()
+                dirty[::5] = bad
+                teacher[::10] = bad if both else teacher[::10]
+                value, found = value_and_gradient(both_losses, dirty, teacher, W, y, w)
+                assert torch.equal(value, clean) and torch.equal(found, g), (dtype, bad)
+        assert (g[::5] == 0).all()
+        for keep in (w[:0], w * 0):                         # no row at all; all rows ignored
+            n = len(keep)
+            value, found = value_and_gradient(both_losses, h[:n] * math.inf, h_t[:n], W, y[:n], keep)
+            assert value == 0 and found.shape == (n, 64) and (found == 0).all()
+
+
+def test_losses_do_not_depend_on_the_chunks():
+    # kills: last short chunk skipped; loss of the last chunk only
+    h, h_t, W, y, w = loss_case(torch.float32)
+    whole, g = value_and_gradient(both_losses, h, h_t, W, y, w)
+    for size in (1, 7, 95, 96, 97):
+        with patch.object(fedbiot, "chunks", lambda h, W: [slice(a, a + size) for a in range(0, len(h), size)]):
+            value, found = value_and_gradient(both_losses, h, h_t, W, y, w)
+        assert off(value, whole) < 1e-6 and off(found, g) < 1e-6, size
+    for N, V in ((0, 7), (1, 32000), (262, 32000), (263, 32000), (1000, 32000), (5, 10**9)):
+        slices = fedbiot.chunks(torch.empty(N, 1), torch.empty(V, 1, device="meta"))
+        assert [i for s in slices for i in range(s.start, s.stop)] == list(range(N))
+        assert all((s.stop - s.start) * V * 4 <= 2**25 or s.stop - s.start <= 32 for s in slices)
+
+
+def test_losses_differentiate_like_any_other_loss():
+    # kills: gradient in place in backward; no scaling by g; teacher gets a gradient; gradient made under no_grad
+    h, h_t, W, y, w = loss_case(torch.float32)
+    h, h_t = h.requires_grad_(), h_t.requires_grad_()
+    loss = 3 * both_losses(h, h_t, W, y, w)
+    first, = torch.autograd.grad(loss, h, retain_graph=True)
+    again, = torch.autograd.grad(loss, h)
+    _, plain = value_and_gradient(both_losses, h, h_t, W, y, w)
+    assert torch.equal(first, again) and off(first, 3 * plain) < 1e-6
+    both_losses(h, h_t, W, y, w).backward()
+    assert h_t.grad is None and off(h.grad, plain) < 1e-6
+    with torch.no_grad():
+        assert off(both_losses(h, h_t, W, y, w), loss.detach() / 3) < 1e-6
+    assert not both_losses(h.detach(), h_t.detach(), W, y, w).requires_grad
+
+
+def test_losses_compile_into_one_graph():
+    # kills: .item() or boolean indexing in a loss
+    case = loss_case(torch.float32)
+    compiled = torch.compile(both_losses, fullgraph=True, backend="aot_eager")
+    (value, g), (expected, true) = (value_and_gradient(f, *case) for f in (compiled, both_losses))
+    assert off(value, expected) < 1e-6 and off(g, true) < 1e-6
+
+
+def proximal_case(delta, pairs=3):
+    """(B, A, B0, A0): what training moved by `delta` from what was broadcast; B0 is not zero."""
+    out = []
+    for i in range(pairs):
+        B0, A0 = random(40, 4, seed=i, std=0.1), random(4, 48, seed=9 + i, std=0.1)
+        out.append((B0 + delta * random(40, 4, seed=20 + i), A0 + delta * random(4, 48, seed=30 + i), B0, A0))
+    return out
+
+
+def test_proximal_matches_the_dense_matrices_value_and_gradient():
+    # kills: scale not squared; three-term expansion in fp32 (useless at 1e-6); sign of A - A0; first pair only
+    for delta, error in ((1.0, 1e-5), (1e-2, 1e-5), (1e-6, 1e-5)):
+        pairs = [tuple(t.requires_grad_(i < 2) for i, t in enumerate(p)) for p in proximal_case(delta)]
+        wide = [tuple(t.detach().double().requires_grad_(i < 2) for i, t in enumerate(p)) for p in pairs]
+        value = fedbiot.proximal(pairs, 2.5)
+        true = sum((2.5 * (B @ A - B0 @ A0)).pow(2).sum() for B, A, B0, A0 in wide)
+        value.backward()
+        true.backward()
+        assert value.dtype == torch.float32 and off(value.detach(), true.detach()) < error, delta
+        for narrow, exact in zip(pairs, wide):
+            assert off([t.grad for t in narrow[:2]], [t.grad for t in exact[:2]]) < error, delta
+
+
+def test_proximal_is_zero_at_the_start_and_has_a_gradient_once_moved():
+    # kills: detached tensors (the authors' code: no gradient at all)
+    pairs = [tuple(t.requires_grad_(i < 2) for i, t in enumerate(p)) for p in proximal_case(0.0)]
+    value = fedbiot.proximal(pairs, 2.0)
+    value.backward()
+    assert value == 0 and all((t.grad == 0).all() for p in pairs for t in p[:2])
+    moved = [tuple(t.detach().requires_grad_(i < 2) for i, t in enumerate(p)) for p in proximal_case(1e-3)]
+    fedbiot.proximal(moved, 2.0).backward()
+    assert all(t.grad.abs().max() > 0 for p in moved for t in p[:2])
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+def tokenizer():
+    return model.Tokenizer(BUNDLED_TOKENIZER)
+
+
+def toy_examples(n=40, seed=0, longest=30, vocab=97):
+    """Examples of many lengths; the first token after BOS tells which one it is (n <= 90)."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(6, longest, n)
+    return [data.Example([1, 3 + i % 94] + rng.integers(3, vocab, k - 3).tolist() + [2], int(rng.integers(2, k - 1)))
+            for i, k in enumerate(lengths)]
+
+
+ROWS = [data.Row("Add 1 and 2.", "", "1+2=3\nThe answer is 3"), data.Row("Translate.", "un deux", "one two"),
+        data.Row("Odd: é ﷺ \t𝔘", "", "  ünï\n\n "), data.Row("Say nothing.", "", ""), data.Row("</s> <s>", "", "</s>x<s>")]
+
+
+def test_prompts_are_alpacas():
+    # kills: any change of the template
+    assert data.prompt_of("Do it.") == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nDo it.\n\n### Response:")
+    assert data.prompt_of("Do it.", "With this.") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nDo it.\n\n### Input:\nWith this.\n\n"
+        "### Response:")
+
+
+def test_examples_are_bos_prompt_answer_eos():
+    # kills: BOS twice; no EOS; prompt and answer tokenised together; answer off by one
+    t = tokenizer()
+    for row, example in zip(ROWS, data.Examples(ROWS, t, 999, "rows")):
+        prompt = t.encode(data.prompt_of(row.instruction, row.input))
+        assert example.ids[:example.answer] == [t.bos] + prompt, "what evaluation will feed the model"
+        assert (example.ids.count(t.bos), example.ids.count(t.eos), example.ids[-1]) == (1, 1, t.eos)
+        assert t.decode(example.ids[example.answer:-1]) == row.output
+        assert t.decode(prompt) == data.prompt_of(row.instruction, row.input)
+
+
+def test_masks_are_right_at_the_token_level():
+    # kills: rows one early; one late; prompt trained on; weights not 1/N; N not padded; padding rows weighted
+    examples = list(data.Examples(ROWS, tokenizer(), 999, "rows"))
+    batch = data.collate(examples)
+    width, real = batch.tokens.shape[1], batch.weights > 0
+    wanted = [(b, t) for b, e in enumerate(examples) for t in range(e.answer, len(e.ids))]
+    found = [(r // width, r % width + 1) for r in batch.rows[real].tolist()]
+    assert found == wanted, "each answer token, EOS included, is predicted once, from the position before it"
+    assert batch.targets[real].tolist() == [examples[b].ids[t] for b, t in wanted]
+    for row, e in zip(batch.tokens, examples):
+        assert row[:len(e.ids) - 1].tolist() == e.ids[:-1]
+    assert width == max(len(e.ids) for e in examples) - 1
+    assert len(batch.rows) % 128 == 0 and len(batch.rows) == len(batch.targets) == len(batch.weights)
+    assert torch.allclose(batch.weights[real], torch.tensor(1 / len(wanted))) and (batch.weights[~real] == 0).all()
+    assert batch.weights.dtype == torch.float32 and batch.rows.max() < batch.tokens.numel()
+
+
+def test_truncation_keeps_a_target_and_drops_with_a_count_what_would_have_none():
+    # kills: fits with <=; count not printed; dropped silently as nan
+    t = tokenizer()
+    row = data.Row("Add 1 and 2, é.", "", "The answer is 3, and then a little more of it")
+    start = len(data.Examples([row], t, 999, "x")[0].ids[:data.Examples([row], t, 999, "x")[0].answer])
+    for extra in (1, 2, 5):
+        cut = data.Examples([row], t, start + extra, "x")[0]
+        assert len(cut.ids) == start + extra and cut.answer == start and len(data.collate([cut]).weights) == 128
+    short, noise = data.Row("A", "", "b"), io.StringIO()
+    with contextlib.redirect_stderr(noise):
+        kept = data.Examples([row, short, row], t, start, "the set")
+    assert len(kept) == 1 and kept.rows[0] == short and "the set: 2 of 3" in noise.getvalue()
+    refused(lambda: data.Examples([row], t, start, "the set"), "the set", f"--max-len {start}")
+    refused(lambda: data.Examples([], t, 999, "the set"), "the set", "no rows")
+    for text in ("é" * 30, "ﷺ" * 9, "abc " * 9, ""):        # the shortcut by bytes agrees with tokenising
+        odd = data.Row(text, "", "x")
+        n = len(t.encode(data.prompt_of(text))) + 1
+        sizes = [m for m in range(n - 2, n + 4) if data.Examples([odd, data.Row("", "", "")], t, m + 500, "x") and
+                 data.Examples.fits(SimpleNamespace(max_len=m, tokenizer=t), data.prompt_of(text))]
+        assert sizes == [m for m in range(n - 2, n + 4) if m > n], (text, n, sizes)
+        assert len(odd.output) == 1
+
+
+def test_partition_is_iid_without_labels_and_by_label_with_them():
+    # kills: array_split of unshuffled rows; smallest label lost; largest not split
+    parts = data.partition([""] * 7473, 3, 0)
+    assert [len(p) for p in parts] == [2491] * 3 and sorted(sum(parts, [])) == list(range(7473))
+    assert abs(np.mean(parts[0]) - 3736) < 200, "i.i.d., not consecutive"
+    assert [len(p) for p in data.partition([""] * 11, 4, 0)] == [3, 3, 3, 2]
+    assert parts == data.partition([""] * 7473, 3, 0) != data.partition([""] * 7473, 3, 1)
+    labels = [c for c, n in (("a", 10), ("b", 7), ("c", 2), ("d", 1)) for _ in range(n)]
+    for clients, expected in ((4, ["a" * 10, "b" * 7, "cc", "d"]), (3, ["a" * 10, "b" * 7, "ccd"]),
+                              (5, ["aaaaa", "aaaaa", "b" * 7, "cc", "d"]), (1, ["a" * 10 + "b" * 7 + "ccd"])):
+        with contextlib.redirect_stderr(io.StringIO()) as noise:
+            parts = data.partition(labels, clients, 0)
+        assert sorted("".join(sorted(labels[i] for i in p)) for p in parts) == sorted(expected), clients
+        assert sorted(sum(parts, [])) == list(range(20)) and ("4 labels" in noise.getvalue()) == (clients < 4)
+    for clients in (0, 21):
+        refused(lambda: data.partition(labels, clients, 0), f"--clients {clients}", "1..20")
+
+
+def drawn(shard, *args):
+    return [tuple(row[1].item() - 3 for row in b.tokens) for b in shard.batches(*args)]
+
+
+def test_batches_depend_only_on_their_key():
+    # kills: global generator; key without the round; key without the client
+    examples = toy_examples()
+    shard, twin = (data.Shard(examples, list(range(5, 25))) for _ in range(2))
+    before = drawn(shard, 7, 4, (0, 3, 1))
+    torch.manual_seed(5), np.random.seed(5), drawn(shard, 3, 4, (0, 3, 2))
+    assert before == drawn(shard, 7, 4, (0, 3, 1)) == drawn(twin, 7, 4, (0, 3, 1))
+    others = [drawn(shard, 7, 4, key) for key in ((0, 3, 2), (0, 4, 1), (1, 3, 1), (3, 0, 1))]
+    assert all(other != before for other in others)
+
+
+def test_batches_pass_over_all_examples_in_windows_of_like_length():
+    # kills: drawn with replacement; not sorted; batches in order of length; a short batch at a pass's end
+    examples = toy_examples(90, longest=120)
+    shard = data.Shard(examples, list(range(10, 90)))
+    batches = drawn(shard, 40, 4, (0, 0, 0))
+    assert [len(b) for b in batches] == [4] * 40 and Counter(sum(batches, ())) == dict.fromkeys(range(10, 90), 2)
+    assert Counter(sum(batches[:20], ())) == dict.fromkeys(range(10, 90), 1)
+
+    def padding(batches):
+        return sum(max(len(examples[i].ids) for i in b) * len(b) - sum(len(examples[i].ids) for i in b) for b in batches)
+    plain = np.random.default_rng(0).permutation(range(10, 90)).reshape(20, 4).tolist()
+    assert padding(batches[:20]) < 0.4 * padding(plain)
+    widths = [max(len(examples[i].ids) for i in b) for b in batches[:10]]
+    assert widths != sorted(widths) and widths != sorted(widths, reverse=True), "short ones first would be a curriculum"
+    small = data.Shard(examples, [3, 4, 5])
+    assert [sorted(b) for b in drawn(small, 4, 10, (0, 0, 0))] == [[3, 4, 5]] * 4
+    assert drawn(small, 0, 10, (0, 0, 0)) == []
+
+
+def gsm8k_folder(path: Path, train_rows=30, test_rows=4) -> Path:
+    """Data in the official formats, a few rows of each."""
+    for name, rows in (("train", train_rows), ("test", test_rows)):
+        (path / "gsm8k").mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"question": f"What is {i} and {i}?", "answer": f"{i}+{i}=<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"})
+                 for i in range(rows)]
+        (path / "gsm8k" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    (path / "alpaca").mkdir(exist_ok=True)
+    public = [{"instruction": f"Repeat {i}.", "input": "twice" * (i % 2), "output": f"{i} {i}"} for i in range(25)]
+    (path / "alpaca" / "alpaca_data.json").write_text(json.dumps(public))
+    return path
+
+
+def test_official_files_become_rows():
+    # kills: annotations stripped; #### kept; input lost
+    with folder() as path:
+        gsm8k_folder(path)
+        assert data.read_gsm8k(path)[3] == ("What is 3 and 3?", "", "3+3=<<3+3=6>>6\nThe answer is 6", "")
+        assert len(data.read_gsm8k(path)) == 30 and len(data.read_gsm8k(path, "test")) == 4
+        assert data.read_alpaca(path)[1] == ("Repeat 1.", "twice", "1 1", "")
+        shards = data.make_shards("gsm8k", path, tokenizer(), 3, 512, 0)
+        assert [len(s) for s in shards] == [10] * 3 and len(data.make_public(path, tokenizer(), 512)) == 25
+
+
+def test_malformed_data_names_the_file_and_the_line():
+    # kills: line counted from 0; blank lines not counted; fields unchecked
+    with folder() as path:
+        gsm8k_folder(path)
+        good = '{"question": "q", "answer": "#### 1"}\n'
+        for text, *words in ((good + "\n" + '{"question": \n' + good, "train.jsonl, line 3"), (good + "3\n", "line 2", "int"),
+                             (good * 4 + '{"question": "q"}', "row 5", "'answer'"),
+                             (good + '{"question": "q", "answer": 1}', "row 2", "'answer'"),
+                             ("", "no rows"), ("\n\n", "no rows"), ("[" * 10**6, "line 1"), (b"\xff\xfe{", "UTF-8")):
+            (path / "gsm8k" / "train.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
+            refused(lambda: data.make_shards("gsm8k", path, tokenizer(), 1, 512, 0),
+                    *words, *(["train.jsonl"] if words != ["no rows"] else []))
+        for text, *words in (("{}", "array"), ("[1]", "row 1"), ("[", "malformed"), ("[{}]", "'instruction'"),
+                             ("[]", "no rows")):
+            (path / "alpaca" / "alpaca_data.json").write_text(text)
+            refused(lambda: data.make_public(path, tokenizer(), 512), *words)
+        (path / "x.jsonl.gz").write_bytes(b"\x1f\x8b\x08junk")
+        refused(lambda: data.read_rows(path / "x.jsonl.gz"), "x.jsonl.gz")
+
+
+def test_missing_files_are_fetched_once_checked_and_renamed():
+    # kills: checksum not compared; rows not counted; written in place; the user's own file replaced
+    name, content = "gsm8k/train.jsonl", b'{"question": "q", "answer": "#### 1"}\n'
+    sha = __import__("hashlib").sha256(content).hexdigest()
+    with folder() as path:
+        (path / "origin").write_bytes(content)
+        url = (path / "origin").as_uri()
+        for check in (sha, 1, None):
+            with patch.dict(data.SOURCES, {name: (url, check)}), folder() as target, contextlib.redirect_stderr(io.StringIO()):
+                assert data.find_file(target, name).read_bytes() == content
+                assert [p.name for p in (target / "gsm8k").iterdir()] == ["train.jsonl"]
+        for check, word in (("0" * 64, "sha256"), (7, "7 rows")):
+            with patch.dict(data.SOURCES, {name: (url, check)}), folder() as target:
+                refused(lambda: data.find_file(target, name), word, url)
+                assert list((target / "gsm8k").iterdir()) == []
+                (target / name).write_text("mine")                  # what the user placed is used as it is
+                assert data.find_file(target, name).read_text() == "mine"
+        dead = "http://127.0.0.1:9/train.jsonl"                     # the discard port: refused at once, no network
+        with patch.dict(data.SOURCES, {name: (dead, sha)}), folder() as target:
+            refused(lambda: data.find_file(target, name), dead, target / name)
+        refused(lambda: data.find_file(path, "helm_qa/none.jsonl"), path / "helm_qa/none.jsonl")
+
+
+# ---- evaluation ---------------------------------------------------------------------------------
+
+def test_answers_are_extracted_by_the_papers_rules():
+    # kills: last number after a marker; marker without a number falls back; commas split; sign lost; float compare
+    for text, number in (("The answer is 18", "18"), ("So 3 and 4. The answer is 18. Then 5", "18"), ("#### 18.0", "18"),
+                         ("#### 7\nThe answer is 8", "7"), ("The answer is 8 #### 7", "8"), ("The answer is unclear", None),
+                         ("5 apples. The answer is", None), ("3 and then 4", "4"), ("no number", None), ("", None),
+                         ("The answer is $1,234.50.", "1234.5"), ("The answer is 1,234,567", "1234567"), ("it is 42%", "42"),
+                         ("The answer is -5", "-5"), ("The answer is -$5", "-5"), ("The answer is $-5", "-5"),
+                         ("660-36=624", "624"), ("5-3", "3"), ("The answer is: \n 7 km", "7"), ("The answer is 1, 2", "1"),
+                         ("The answer is 0.10", "0.1"), ("The answer is .5", "0.5"), ("The answer is -.5", "-0.5"),
+                         ("#### 12345678901234567890.10", "12345678901234567890.1"), ("x2 costs 3.", "3"), ("####18", "18")):
+        found = evaluation.extract_number(text)
+        assert found == (None if number is None else Decimal(number)), (text, found)
+
+
+def test_numbers_are_compared_as_numbers_and_a_missing_one_is_wrong():
+    # kills: string comparison; None == None counts
+    D = Decimal
+    assert evaluation.accuracy([D("18.0"), None, None, D(3)], [D(18), D(1), None, D(4)]) == {
+        "correct": 1, "total": 4, "accuracy": 0.25}
+
+
+def test_a_file_of_predictions_is_scored_by_its_indices():
+    # kills: indices ignored; total = the test set's; duplicates let through
+    with folder() as path:
+        gsm8k_folder(path)
+        file = path / "p.jsonl"
+
+        def score(*rows):
+            file.write_text("\n".join(json.dumps(r) for r in rows))
+            return evaluation.score_gsm8k_predictions(file, path)
+        assert score({"index": 3, "text": "The answer is 6.0"}, {"index": 1, "text": "it is 3"}, {"index": 2, "text": "4"}) == {
+            "correct": 2, "total": 3, "accuracy": 2 / 3}
+        for bad in ({"index": 4, "text": ""}, {"index": -1, "text": ""}, {"text": "1"}, {"index": True, "text": "1"}):
+            refused(lambda: score({"index": 0, "text": "0"}, bad), "row 2", "0..3")
+        refused(lambda: score({"index": 0, "text": "0"}, {"index": 0, "text": "0"}), "row 2", "once")
+        refused(lambda: score({"index": 0}), "'text'")
+
+
+def test_worked_examples_are_eight_and_end_as_the_extraction_wants():
+    # kills: #### left in; one shot more
+    for shots in (0, 1, 8):
+        text = evaluation.gsm8k_shots(shots)
+        assert text.count("Q: ") == text.count("\nA: ") == len(re.findall(r"The answer is \d+\.\n\n", text)) == shots
+        assert "####" not in text
+    refused(lambda: evaluation.gsm8k_shots(9), "--shots 9", "0..8")
+
+
+def test_scoring_a_model_prompts_like_training_and_counts_by_hand():
+    # kills: prompt without BOS; limit ignored; order of the answers lost
+    t, lm = tokenizer(), tiny_lm(vocab_size=1024)
+    with folder() as path:
+        gsm8k_folder(path, test_rows=6)
+        opts = evaluation.parse_args(["--data-dir", str(path), "--limit", "5", "--batch-size", "2",
+                                      "--max-new-tokens", "7", "--shots", "0"])
+        seen = []
+
+        def fake(lm, ids, new, eos, size, **_):
+            seen.extend(ids)
+            assert (new, eos, size) == (7, t.eos, 2)
+            return [t.encode(f"The answer is {2 * i if i != 3 else 5}") for i in range(len(ids))]
+        with patch.object(evaluation, "generate", fake):
+            assert evaluation.evaluate(lm, t, "gsm8k", opts) == {"correct": 4, "total": 5, "accuracy": 0.8}
+        assert seen == [[t.bos] + t.encode(data.prompt_of(f"What is {i} and {i}?")) for i in range(5)]
+        assert evaluation.evaluate(lm, t, "gsm8k", opts)["total"] == 5
+
+
+# ---- FedBiOT ------------------------------------------------------------------------------------
+
+def config(**changes) -> fedbiot.Config:
+    """Five layers: emulator 0 and 2, dropped 1, adapter 3 and 4."""
+    small = {"dropout": Fraction(1, 3), "adapter": 2, "rounds": 2, "local_steps": 3, "batch_size": 4, "align_init": 3,
+             "align_steps": 2, "lr": 3e-3, "server_lr": 3e-3, "rank": 4, "alpha": 16.0, "prox": 0.5, "kl_weight": 0.7}
+    return fedbiot.Config(**{**small, **changes})
+
+
+def toy_shard(start=0, stop=40):
+    return data.Shard(toy_examples(), list(range(start, stop)))
+
+
+def toy_server(trained=True, dtype=torch.float32, **changes) -> fedbiot.Server:
+    server = fedbiot.Server(tiny_lm().to(dtype), toy_shard(), config(**changes))
+    return server if not trained or not noisy_lora(server.student, std=0.05) else server
+
+
+def pair(**changes):
+    server = toy_server(**changes)
+    return server, fedbiot.Client(server.bootstrap(), server.cfg)
+
+
+def copied(tensors) -> dict:
+    return {n: t.detach().clone() for n, t in tensors.items()}
+
+
+def test_emulator_without_dropout_equals_full():
+    # kills: LoRA in the teacher's lower layers; norm before the adapter; layers permuted
+    server, tokens = toy_server(False, dropout=Fraction(0)), random_tokens(2, 13)
+    assert list(server.student.layers) == list("01234")
+    for lm in server.models().values():
+        assert torch.equal(lm(tokens), tiny_lm()(tokens))
+    l2, kl = server.alignment_losses(next(server.public.batches(1, 4, (0,))))
+    assert l2 == 0 and abs(kl) < 1e-6
+
+
+def test_adapemu_and_adapfu_are_composed_as_the_paper_says():
+    # kills: dropped layer kept; AdapFu with the emulator's LoRA; AdapEmu without it; base with LoRA
+    server, tokens = toy_server(), random_tokens(1, 11)
+    w = {n: t.double() for n, t in tiny_lm().state_dict().items()}
+    learnt = {n: t.double() for n, t in server.state_dict()["learnt"].items()}
+    assert {n.split(".")[1] for n in learnt} == set("0234"), "LoRA on the emulator and the adapter"
+    on_top = {n: t for n, t in learnt.items() if n[7] in "34"}
+    layers = {"base": w, "adapfu": w | on_top, "adapemu": {n: t for n, t in (w | learnt).items() if "layers.1." not in n}}
+    assert list(server.models()) == ["base", "adapemu", "adapfu"]
+    for name, lm in server.models().items():
+        assert off(lm(tokens)[0], slow_logits(lm, tokens[0].tolist(), layers[name])) < 3e-6, name
+
+
+def test_client_never_holds_a_dropped_layer():
+    # kills: bootstrap of the full model; a view of a larger storage
+    server, client = pair()
+    bootstrap = server.bootstrap()
+    frozen = [n for n in bootstrap if n != "config"]
+    assert sorted({int(n.split(".")[1]) for n in frozen if n.startswith("layers.")}) == [0, 2, 3, 4]
+    dropped = [t for n, t in tiny_lm().state_dict().items() if n.startswith("layers.1.")]
+    for held in (*bootstrap.values(), *client.lm.state_dict().values(), *server.broadcast(0).values()):
+        assert held.untyped_storage().nbytes() == held.nbytes, "a view would carry its whole storage along"
+        assert not any(held.shape == t.shape and torch.equal(held, t) for t in dropped)
+    assert same({n: bootstrap[n] for n in frozen}, {n: t for n, t in tiny_lm().state_dict().items() if n in frozen})
+    assert len(frozen) == 3 + 4 * 9 and not any("lora" in n for n in frozen)
+
+
+def test_only_lora_crosses_the_wire():
+    # kills: weights sent each round; emulator's LoRA uploaded; adapter's LoRA not sent down
+    server, client = pair()
+    down = server.broadcast(0)
+    up, metrics = client.update(0, down, toy_shard(), 0)
+    names = {i: {f"layers.{i}.attention.{w}.lora_{m}" for w in ("wq", "wv") for m in "AB"} for i in range(5)}
+    assert set(down) == names[0] | names[2] | names[3] | names[4] and set(up) == names[3] | names[4]
+    a_layer = 4 * (4 * 48 + 48 * 4 + 4 * 48 + 16 * 4)           # fp32, rank 4: A and B of wq, then of wv (2 kv heads)
+    assert fedbiot.payload_bytes(down) == 4 * a_layer and fedbiot.payload_bytes(up) == 2 * a_layer
+    assert set(metrics) == {"loss"} and isinstance(metrics["loss"], float)
+
+
+def test_frozen_tensors_are_shared_not_copied():
+    # kills: clone in bootstrap; teacher with its own adapter
+    server, client = pair(dtype=torch.bfloat16)
+    address = {n: p.data_ptr() for n, p in server.full.named_parameters()}
+    for lm in (server.student, server.teacher, client.lm):
+        frozen = {n: p.data_ptr() for n, p in lm.named_parameters() if ".lora_" not in n}
+        assert frozen == {n: address[n] for n in frozen}
+    learnt, teacher = lora.lora_tensors(server.student), lora.lora_tensors(server.teacher)
+    assert {n[7] for n in teacher} == set("34") and all(p is learnt[n] for n, p in teacher.items())
+    assert all(p.data_ptr() != learnt[n].data_ptr() for n, p in client.received.items()), "a client has its own LoRA"
+
+
+def leaves(tensors) -> dict:
+    return {n: t.detach().double().requires_grad_() for n, t in tensors.items()}
+
+
+def test_client_steps_match_float64_by_hand():
+    # kills: prox * 1 for prox / 2; prox against zero; betas (0.9, 0.999); optimizer kept; prompt in the loss
+    server, client = pair()
+    for t in (0, 1):
+        sent = copied(server.broadcast(t))
+        up, metrics = client.update(t, sent, toy_shard(0, 20), 1)
+        w = {n: p.double() for n, p in client.lm.state_dict().items()} | {n: p.double() for n, p in sent.items()}
+        tuned = leaves({n: sent[n] for n in up})
+        optimizer, losses = torch.optim.AdamW(tuned.values(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01), []
+        for batch in toy_shard(0, 20).batches(3, 4, (0, t, 1)):
+            z = torch.cat([slow_logits(client.lm, row.tolist(), w | tuned) for row in batch.tokens])[batch.rows]
+            losses.append((batch.weights.double() * F.cross_entropy(z, batch.targets, reduction="none")).sum())
+            pull = sum((4 * (tuned[n[:-1] + "B"] @ tuned[n] - (sent[n[:-1] + "B"] @ sent[n]).double())).pow(2).sum()
+                       for n in tuned if n.endswith("A"))
+            optimizer.zero_grad()
+            (losses[-1] + 0.5 / 2 * pull).backward()
+            optimizer.step()
+        assert off(up.values(), [tuned[n].detach() for n in up]) < 1e-4
+        assert off([up[n] - sent[n] for n in up], [tuned[n].detach() - sent[n] for n in up]) < 1e-2
+        assert abs(metrics["loss"] - torch.stack(losses).mean()) < 1e-4
+
+
+def test_alignment_steps_match_float64_by_hand():
+    # kills: KL student || teacher; L2 at the output; no rms; kl_weight ignored; optimizer renewed; answer tokens only; E steps at t=0
+    for changes in ({}, {"align_norm": "none", "align_renew": True}, {"align_tokens": "all", "kl_weight": 3.0}):
+        server = toy_server(**changes)
+        cfg, w = server.cfg, {n: t.double() for n, t in server.student.state_dict().items()}
+        full = {n: t.double() for n, t in server.teacher.state_dict().items()}
+        tuned = leaves(copied(server.emulated))
+        before, new = copied(server.emulated), lambda: torch.optim.AdamW(tuned.values(), lr=3e-3, betas=(0.9, 0.95))
+        optimizer = new()
+        for t, steps in ((0, 3), (1, 2)):
+            optimizer = new() if cfg.align_renew else optimizer
+            for batch in toy_shard().batches(steps, 4, (0, t, fedbiot.SERVER)):
+                (z, x), (z_t, x_t) = (map(torch.cat, zip(*[slow_forward(server.full, row.tolist(), weights, cut=3)
+                                      for row in batch.tokens])) for weights in (w | tuned, full))
+                every = cfg.align_tokens == "all"
+                rows = torch.arange(batch.tokens.numel()) if every else batch.rows
+                p = torch.full((len(rows),), 1 / len(rows)).double() if every else batch.weights.double()
+                l2 = (p * (x - x_t)[rows].pow(2).sum(-1)).sum()
+                l2 = l2 / (p * x_t[rows].pow(2).sum(-1)).sum() if cfg.align_norm == "rms" else l2
+                t_log, s_log = z_t[rows].log_softmax(-1), z[rows].log_softmax(-1)
+                optimizer.zero_grad()
+                (l2 + cfg.kl_weight * (p * (t_log.exp() * (t_log - s_log)).sum(-1)).sum()).backward()
+                optimizer.step()
+            down = server.broadcast(t)
+        assert off([down[n] for n in tuned], [q.detach() for q in tuned.values()]) < 1e-4, changes
+        assert off([down[n] - before[n] for n in tuned], [q.detach() - before[n] for n, q in tuned.items()]) < 1e-2, changes
+
+
+def test_alignment_lowers_its_losses_and_never_moves_the_teacher():
+    # kills: gradient with the wrong sign; adapter's LoRA trained too; target recomputed from the student
+    server, tokens = toy_server(align_init=60), random_tokens(3, 12)
+    batch = next(server.public.batches(1, 30, (7,)))
+    before, teacher, tuned = server.alignment_losses(batch), server.teacher(tokens), copied(server.tuned)
+    server.broadcast(0)
+    after = server.alignment_losses(batch)
+    assert after[0] < 0.8 * before[0] and after[1] < 0.8 * before[1], (before, after)
+    assert torch.equal(server.teacher(tokens), teacher) and same(copied(server.tuned), tuned)
+    assert set(server.metrics) == {"align_l2", "align_kl"}
+    for upload in (tuned, {n: t + 1 for n, t in tuned.items()}):
+        server.aggregate(0, [upload], [1.0])
+        assert torch.equal(server.teacher(tokens), teacher) == (upload is tuned), "it changes by the adapter's LoRA alone"
+    assert torch.equal(server.full(tokens), tiny_lm()(tokens)), "the base model has none"
+
+
+def test_aggregation_weighs_by_size():
+    # kills: uniform mean; weights not normalised; only the first upload
+    server = toy_server()
+    ups = [{n: torch.full_like(p, v) for n, p in server.tuned.items()} for v in (1.0, 2.0, 6.0)]
+    emulated = copied(server.emulated)
+    server.aggregate(0, ups, [10.0, 20.0, 50.0])                # (10 + 40 + 300) / 80 = 4.375
+    assert all((p == 4.375).all() for p in server.tuned.values()) and same(copied(server.emulated), emulated)
+
+
+def run_rounds(server, client, shards, **keywords):
+    return list(fedbiot.federate(server, client, shards, server.cfg, fedbiot.Wire(), **keywords))
+
+
+def test_rounds_average_what_the_clients_learnt_from_their_own_shard():
+    # kills: same shard for all; client number not passed; weights of the wrong client; loss unweighted; uniform ignored
+    shards = [toy_shard(0, 6), toy_shard(6, 12), toy_shard(12, 40)]
+    for changes, p in (({}, (6 / 40, 6 / 40, 28 / 40)), ({"uniform_weights": True}, (1 / 3,) * 3)):
+        server, client = pair(rounds=1, **changes)
+        twin, other = pair(rounds=1, **changes)
+        down = copied(twin.broadcast(0))
+        ups = [other.update(0, down, shard, m) for m, shard in enumerate(shards)]
+        record, = run_rounds(server, client, shards)
+        expected = {n: sum(q * up[n].double() for q, (up, _) in zip(p, ups)) for n in server.tuned}
+        assert off([server.tuned[n].detach() for n in expected], expected.values()) < 1e-6
+        assert abs(record["client_loss"] - sum(q * m["loss"] for q, (_, m) in zip(p, ups))) < 1e-5
+        assert record["round"] == 1 and record["bytes_down"] == 2 * record["bytes_up"] == fedbiot.payload_bytes(down)
+
+
+def test_some_clients_take_part_where_asked():
+    # kills: clients_per_round ignored; the same ones in every round; drawn with replacement
+    cfg = config(clients_per_round=3)
+    chosen = [fedbiot.choose_clients(cfg, 8, t) for t in range(30)]
+    assert all(len(set(c)) == 3 and c == sorted(c) for c in chosen) and set(sum(chosen, [])) == set(range(8))
+    assert chosen == [fedbiot.choose_clients(cfg, 8, t) for t in range(30)] and len(set(map(tuple, chosen))) > 5
+    assert fedbiot.choose_clients(config(), 8, 0) == list(range(8))
+
+
+def test_alignment_is_done_before_the_first_round_and_between_rounds():
+    # kills: align_init in every round; E steps after the last aggregation; batches of round 0 again
+    seen = []
+
+    class Public:
+        def batches(self, steps, size, key):
+            seen.append((steps, size, key))
+            return toy_shard().batches(steps, size, key)
+    server = fedbiot.Server(tiny_lm(), Public(), config(rounds=3))
+    run_rounds(server, fedbiot.Client(server.bootstrap(), server.cfg), [toy_shard()])
+    assert seen == [(3, 4, (0, 0, fedbiot.SERVER)), (2, 4, (0, 1, fedbiot.SERVER)), (2, 4, (0, 2, fedbiot.SERVER))]
+
+
+def test_frozen_weights_do_not_move_in_a_round():
+    # kills: optimizer over all parameters; merge and un-merge
+    for dtype in (torch.float32, torch.bfloat16):
+        server, client = pair(dtype=dtype)
+        before = copied(server.full.state_dict())
+        records = run_rounds(server, client, [toy_shard(0, 20), toy_shard(20, 40)])
+        assert [r["round"] for r in records] == [1, 2] and all(math.isfinite(r["client_loss"]) for r in records)
+        assert same(before, server.full.state_dict())
+        frozen = {n: t for n, t in client.lm.state_dict().items() if "lora" not in n}
+        assert same(frozen, {n: before[n] for n in frozen})
+
+
+def test_zero_switches_a_part_off_exactly():
+    # kills: align_steps 0 ends in an error; prox computed at 0; kl in the loss at 0
+    server = toy_server(False, align_init=0, align_steps=0)
+    start = copied(server.student.state_dict())
+    assert server.broadcast(0) and server.broadcast(1) and same(start, server.student.state_dict())
+    assert server.metrics == {}
+    down = copied(toy_server().broadcast(0))
+
+    def update(**changes):
+        return pair(**changes)[1].update(0, down, toy_shard(), 0)[0]
+    with patch.object(fedbiot, "proximal", lambda *_: 0 / 0):
+        plain = update(prox=0.0)
+    assert same(plain, update(prox=0.0)) and not same(plain, update(prox=0.5))
+    far, near = (sum((up[n] - down[n]).norm() for n in up) for up in (plain, update(prox=1e4)))
+    assert near < 0.9 * far, "a strong pull keeps the adapter near what was broadcast"
+
+    def only_l2(server, batch, losses=fedbiot.Server.alignment_losses):
+        return losses(server, batch)[0], torch.zeros(())
+    server, alone = toy_server(kl_weight=0.0), toy_server(kl_weight=0.7)
+    with patch.object(fedbiot.Server, "alignment_losses", only_l2):
+        alone.broadcast(0)
+    server.broadcast(0)
+    assert same(copied(server.emulated), copied(alone.emulated))
+    with patch.object(fedbiot.Server, "align", lambda *_: None):
+        unaligned = copied(toy_server().broadcast(0))
+    assert not same(unaligned, copied(toy_server(kl_weight=0.0).broadcast(0)))
+
+
+def test_clients_are_stateless_and_uploads_their_own():
+    # kills: optimizer kept between rounds; upload aliases the client's tensors; payload not loaded
+    server, client = pair()
+    first, second = copied(server.broadcast(0)), copied(server.broadcast(1))
+    up, _ = client.update(0, first, toy_shard(), 2)
+    kept = copied(up)
+    again, _ = client.update(1, second, toy_shard(), 2)
+    assert same(up, kept) and not same(up, again)
+    fresh, _ = fedbiot.Client(server.bootstrap(), server.cfg).update(1, second, toy_shard(), 2)
+    assert same(fresh, again), "what a client did before leaves no trace"
+    for wrong in ({n: t for n, t in first.items() if n[7] != "0"}, first | {"layers.1.attention.wq.lora_A": torch.ones(4, 48)}):
+        asserts(lambda: client.update(0, wrong, toy_shard(), 0))
+
+
+def test_a_server_goes_on_from_its_state_bit_for_bit():
+    # kills: optimizer's moments not saved; emulator's LoRA not saved
+    shards = [toy_shard(0, 20), toy_shard(20, 40)]
+    whole, client = pair(rounds=3)
+    run_rounds(whole, client, shards)
+    half, client = pair(rounds=3)
+    rounds = fedbiot.federate(half, client, shards, half.cfg, fedbiot.Wire())
+    next(rounds)
+    blob = io.BytesIO()
+    torch.save(half.state_dict(), blob)
+    blob.seek(0)
+    other, client = pair(rounds=3, trained=False)
+    other.load_state_dict(torch.load(blob, weights_only=True))
+    records = run_rounds(other, client, shards, first_round=1)
+    assert [r["round"] for r in records] == [2, 3]
+    assert same(whole.state_dict()["learnt"], other.state_dict()["learnt"])
+
+
+def test_a_loss_that_is_not_finite_is_explained():
+    # kills: NaN averaged on in silence
+    server, client = pair()
+    down = server.broadcast(0)
+    bad = down | {n: t * math.nan for n, t in down.items() if n.startswith("layers.3.")}
+    refused(lambda: client.update(0, bad, toy_shard(), 1), "client 1", "nan", "--lr")
+    for p in server.tuned.values():
+        p.fill_(math.nan)
+    refused(lambda: server.broadcast(1), "nan", "--server-lr")
+
+
+# ---- command line -------------------------------------------------------------------------------
+
+def cli(*argv, main=train.main) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a command line, in this process."""
+    out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            evaluation.main_guard(lambda: main([str(a) for a in argv]))
+        except SystemExit as end:
+            status = end.code
+    torch.set_num_threads(threads)
+    return status, out.getvalue(), err.getvalue()
+
+
+LLAMA_2_7B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1}
+
+
+def test_plan_prints_table_5_from_params_json_alone():
+    # kills: norms or head counted; L_bp = all; down counted once; LoRA left out of P; tokenizer wanted
+    with folder() as path:
+        (path / "params.json").write_text(json.dumps(LLAMA_2_7B))
+        for beta, s, emulator, millions, gmac, mb in ((".2", 2, 24, .262, 5.47, 14.68), ("0.2", 4, 22, .524, 5.87, 15.73),
+                                                      ("1/2", 2, 15, .262, 3.65, 9.96), ("0.5", 4, 14, .524, 4.25, 11.53)):
+            argv = ("--ckpt", path, "--task", "gsm8k", "--dropout", beta, "--adapter", s, "--plan")
+            status, out, err = cli(*argv, "--json")
+            plan = json.loads(out)
+            assert (status, err) == (0, "") and len(plan["kept_layers"]) == emulator
+            assert plan["adapter_layers"] == list(range(32 - s, 32))
+            assert sorted(plan["kept_layers"] + plan["dropped_layers"] + plan["adapter_layers"]) == list(range(32))
+            assert round(plan["trainable_params"] / 1e6, 3) == millions and plan["trainable_params"] == s * 131072
+            assert round(plan["comm_mb_per_round"], 2) == mb and round(plan["gmac_per_token"], 2) == gmac
+            status, table, err = cli(*argv)
+            assert (status, err) == (0, "") and f"{mb:.2f} MB" in table and f"{s * 131072:,}" in table
+        narrow = {**LLAMA_2_7B, "n_kv_heads": 8}                # by hand: wk, wv (1024, 4096); B of wv (1024, 8)
+        (path / "params.json").write_text(json.dumps(narrow))
+        plan = json.loads(cli("--ckpt", path, "--adapter", 2, "--plan", "--json")[1])
+        lora_layer = 8 * (3 * 4096 + 1024)
+        assert plan["trainable_params"] == 2 * lora_layer
+        layer = 2 * 4096**2 + 2 * 1024 * 4096 + 3 * 4096 * 11008 + lora_layer
+        assert math.isclose(plan["gmac_per_token"], (26 + 2 - 1) * layer / 1e9)
+
+
+def test_presets_are_the_papers_and_the_authors():
+    # kills: prox left on; a given flag overruled by the preset
+    paper, theirs = (train.resolve({"preset": p, "ckpt": "x"}) for p in ("paper", "official-code"))
+    assert (paper.rounds, paper.local_steps, paper.batch_size, paper.align_init, paper.align_steps) == (500, 30, 10, 500, 10)
+    assert (paper.rank, paper.alpha, paper.clients, paper.dropout, paper.adapter) == (8, 16, 3, Fraction(1, 5), 2)
+    assert paper.prox > 0 and (paper.align_tokens, paper.align_norm) == ("answer", "rms")
+    assert not paper.align_renew and not paper.uniform_weights and paper.shots == 8
+    assert theirs.prox == 0 and (theirs.align_tokens, theirs.align_norm) == ("all", "rms")
+    assert theirs.align_renew and theirs.uniform_weights
+    assert train.resolve({"preset": "official-code", "prox": 0.3}).prox == 0.3
+    assert [train.resolve({"task": t, "ckpt": "x"}).clients for t in ("gsm8k", "rosetta", "dolly")] == [3, 9, 8]
+
+
+def small_run(path: Path) -> list[str]:
+    """A checkpoint of random weights, data of a few rows, and the flags of a short run over them."""
+    meta_folder(path / "ckpt", tiny_lm(vocab_size=1024), tokenizer=True)
+    gsm8k_folder(path / "data")
+    flags = {"task": "gsm8k", "ckpt": path / "ckpt", "data-dir": path / "data", "dropout": "0.34", "adapter": 2, "rounds": 3,
+             "local-steps": 2, "batch-size": 3, "align-init": 2, "align-steps": 1, "lr": 1e-3, "server-lr": 1e-3,
+             "max-len": 200, "shots": 0, "eval-limit": 2, "threads": 1}
+    return [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
+
+
+def test_bad_input_ends_in_one_line_and_status_2():
+    # kills: a traceback instead; status 1; note before the error; abbreviations; refused only after the weights are read
+    with folder() as path:
+        flags = small_run(path)
+        broken = {}
+        for name in ("tokenizer", "missing", "surplus", "shape", "cut"):
+            def edit(state, part):
+                first = "layers.0.attention.wq.weight"
+                state.update({"surplus": {"more": torch.ones(1)}, "shape": {first: torch.ones(48, 47)}}.get(name, {}))
+                name == "missing" and state.pop(first)
+            broken[name] = meta_folder(path / name, tiny_lm(vocab_size=1024), tokenizer=name != "tokenizer", edit=edit)
+        with open(path / "cut" / "consolidated.00.pth", "rb+") as file:
+            file.truncate(5000)
+        sets = {}
+        for name, lines in (("malformed", '{"question": "q", "answer": "1"}\n{"question"\n'), ("empty", ""),
+                            ("few", '{"question": "q", "answer": "1"}\n' * 2)):
+            sets[name] = gsm8k_folder(path / f"data-{name}")
+            (sets[name] / "gsm8k" / "train.jsonl").write_text(lines)
+        (path / "taken").mkdir()
+        (path / "file").write_text("mine")
+        cases = [(["--task", "cooking"], "cooking", "gsm8k"), (["--method", "magic"], "magic", "fedbiot"), (["--drop", "0.2"], "--drop"),
+                 *[(["--dropout", b], "--dropout") for b in ("1", "1.5", "-0.1", "nan", "x", "1/0", "0.9", "1e400", "-1e400")],
+                 *[(["--adapter", s], f"--adapter {s}", "5 layers", "1..4") for s in (0, -1, 5, 40)],
+                 (["--adapter", "2.5"], "--adapter"), (["--ckpt", path / "none"], "none"),
+                 *[(["--ckpt", broken[n]], *words) for n, *words in (("tokenizer", "tokenizer.model"), ("missing", "wq", "missing"),
+                   ("surplus", "more"), ("shape", "47", "48"), ("cut", "consolidated.00.pth"))],
+                 *[(["--data-dir", sets[n]], *words) for n, *words in (("malformed", "train.jsonl", "line 2"), ("empty", "no rows"),
+                   ("few", "--clients 3", "1..2"))],
+                 (["--out", path / "taken"], "taken", "--resume"), (["--out", path / "file"], "file", "--resume"),
+                 (["--out", path / "file" / "below"], "below"), (["--max-len", 20], "--max-len 20"),
+                 (["--max-len", 1], "--max-len 1"), (["--rounds", 0], "--rounds 0"), (["--lr", "nan"], "--lr"),
+                 (["--prox", "-1"], "--prox"), (["--batch-size", 0], "--batch-size"), (["--seed", "-1"], "--seed"),
+                 (["--clients-per-round", 4], "--clients-per-round 4"), (["--clients", 0], "--clients"),
+                 (["--device", "abacus"], "--device abacus"), (["--shots", 9], "--shots 9"), (["--rank", 0], "--rank")]
+        for i, (argv, *words) in enumerate(cases):
+            out = [] if "--out" in map(str, argv) else ["--out", str(path / f"run{i}")]
+            status, _, err = cli(*flags, *out, *argv)
+            assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, (argv, status, err)
+            assert all(word in err for word in words), (argv, err)
+        assert (path / "file").read_text() == "mine" and not list((path / "taken").iterdir())
+
+
+def scored(lm, tokenizer, task, opts, progress) -> dict:
+    """In place of an evaluation: a number that depends on everything the model is made of."""
+    total = sum(p.double().abs().mean().item() * (i + 1) for i, p in enumerate(lm.state_dict().values()))
+    return {"correct": 1, "total": opts.limit, "accuracy": total}
+
+
+def outcome(path: Path) -> tuple:
+    """What of a run folder must not depend on how often it was stopped."""
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(path / "log.csv"))]
+    summary = json.loads((path / "summary.json").read_text())
+    return rows, {k: v for k, v in summary.items() if k not in ("seconds", "peak_memory_bytes")}
+
+
+def test_a_run_folder_holds_what_is_promised():
+    # kills: bytes of one direction; base scored in every round only; lora.pt renumbered; accuracy in every row
+    with folder() as path, patch.object(train, "evaluate", scored):
+        flags = small_run(path)
+        status, out, err = cli(*flags, "--out", path / "run", "--eval-every", 2)
+        assert status == 0, err
+        run = path / "run"
+        assert {p.name for p in run.iterdir()} == {"config.json", "log.csv", "state.pt", "lora.pt", "summary.json"}
+        rows = list(csv.DictReader(open(run / "log.csv")))
+        assert list(rows[0]) == ["round", "client_loss", "align_l2", "align_kl", "bytes_down", "bytes_up", "seconds",
+                                 "base", "adapemu", "adapfu"]
+        assert [r["round"] for r in rows] == ["1", "2", "3"] and [bool(r["adapfu"]) for r in rows] == [False, True, True]
+        assert rows[1]["base"] == rows[2]["base"] and rows[1]["adapfu"] != rows[2]["adapfu"]
+        summary, config = (json.loads((run / f"{n}.json").read_text()) for n in ("summary", "config"))
+        assert {"task": "gsm8k", "method": "fedbiot", "seed": 0, "rounds": 3}.items() <= summary.items()
+        assert list(summary["metrics"]) == ["base", "adapemu", "adapfu"] and config["dropout"] == "17/50"
+        assert all(set(m) == {"correct", "total", "accuracy"} for m in summary["metrics"].values())
+        plan = json.loads(cli(*flags, "--plan", "--json")[1])
+        assert plan["kept_layers"] == [0] and plan["dropped_layers"] == [1, 2]
+        down, up = summary["bytes_down_per_client_round"], summary["bytes_up_per_client_round"]
+        assert all((float(r["bytes_down"]), float(r["bytes_up"])) == (down, up) for r in rows)
+        assert math.isclose((down + up) / 1e6, plan["comm_mb_per_round"])
+        learnt = torch.load(run / "lora.pt", weights_only=True)
+        assert {n.split(".")[1] for n in learnt} == set("034") and 4 * sum(t.numel() for t in learnt.values()) == down
+        assert summary["trainable_params"] == sum(t.numel() for n, t in learnt.items() if n[7] in "34") == up / 4
+        held = sum(t.numel() for n, t in tiny_lm(vocab_size=1024).state_dict().items() if not re.match(r"layers\.[12]\.", n))
+        assert 4 * held < summary["bootstrap_bytes"] < 4 * held + 500 and summary["peak_memory_bytes"] > 10**7
+        assert re.findall(r"^round \d", out, re.M) == ["round 1", "round 2", "round 3"] and "adapfu" in out.split("accuracy")[1]
+        models, _, cfg = evaluation.models_of_run(run, "cpu", torch.float32)
+        accuracy = {n: scored(lm, None, "gsm8k", SimpleNamespace(limit=2), "")["accuracy"] for n, lm in models.items()}
+        assert accuracy == {n: m["accuracy"] for n, m in summary["metrics"].items()}, "eval.py --run sees the same models"
+        (run / "lora.pt").unlink()
+        refused(lambda: evaluation.models_of_run(run, "cpu", torch.float32), "lora.pt", "--resume")
+
+
+def test_a_stopped_run_resumes_bit_for_bit():
+    # kills: rows not saved; log before state; optimizer not restored; base scored anew; a row twice
+    with folder() as path, patch.object(train, "evaluate", scored):
+        flags = small_run(path)
+        assert cli(*flags, "--out", path / "whole", "--eval-every", 1)[0] == 0
+
+        def stops_at(owner, name, call):
+            original, count = getattr(owner, name), iter(range(99))
+
+            def wrapped(*args, **keywords):
+                if next(count) == call:
+                    raise KeyboardInterrupt
+                return original(*args, **keywords)
+            return patch.object(owner, name, wrapped)
+        for i, (owner, name, call) in enumerate(((train.Run, "finish_round", 0), (train.Run, "finish_round", 1),
+                                                 (train, "write_log", 0), (train, "write_log", 2), (train, "evaluate", 1),
+                                                 (train, "evaluate", 3), (fedbiot.Client, "update", 5), (train.Run, "finish", 0))):
+            run = path / f"stopped{i}"
+            with stops_at(owner, name, call):
+                status, _, err = cli(*flags, "--out", run, "--eval-every", 1)
+            assert status == 130 and err.count("\n") == 1 and "stopped" in err, err
+            assert not (run / "summary.json").exists()
+            status, _, err = cli(*flags, "--out", run, "--eval-every", 1, "--resume")
+            assert status == 0 and outcome(run) == outcome(path / "whole"), (name, call, err)
+            assert same(*(torch.load(p / "lora.pt", weights_only=True) for p in (run, path / "whole")))
+        before = {p.name: p.read_bytes() for p in run.iterdir()}
+        status, _, err = cli(*flags, "--out", run, "--eval-every", 1, "--resume")
+        assert status == 0 and "finished" in err and before == {p.name: p.read_bytes() for p in run.iterdir()}
+        assert cli(*flags, "--out", path / "new", "--eval-every", 1, "--resume")[0] == 0        # missing: from round 0
+        assert outcome(path / "new") == outcome(path / "whole")
+        (run / "summary.json").unlink()
+        status, _, err = cli(*flags, "--out", run, "--eval-every", 1, "--resume", "--lr", "0.5")
+        assert status == 2 and "--lr" in err and err.count("\n") == 1
+        (run / "state.pt").write_bytes((run / "state.pt").read_bytes()[:900])
+        status, _, err = cli(*flags, "--out", run, "--eval-every", 1, "--resume")
+        assert status == 2 and "state.pt" in err and err.count("\n") == 1
+
+
+def test_a_default_name_that_is_taken_gets_a_number():
+    # kills: overwrites the first run; -2 reused
+    here = os.getcwd()
+    with folder() as path, patch.object(train, "evaluate", scored):
+        flags = small_run(path)
+        try:
+            os.chdir(path)
+            for _ in range(3):
+                assert cli(*flags, "--rounds", 1, "--align-init", 0, "--local-steps", 1)[0] == 0
+        finally:
+            os.chdir(here)
+        name = "gsm8k-fedbiot-b0.34-s2-seed0"
+        assert sorted(p.name for p in (path / "runs").iterdir()) == [name, name + "-2", name + "-3"]
+
+
+def test_prompts_are_completed_on_stdout_and_nothing_else():
+    # kills: the prompt printed too; a template around it; sampling
+    with folder() as path:
+        lm, t = tiny_lm(vocab_size=1024), tokenizer()
+        meta_folder(path / "c", lm, tokenizer=True)
+        argv = ("--ckpt", path / "c", "--prompt", "Once upon", "--max-new-tokens", 9, "--threads", 1, "--dtype", "fp32")
+        status, out, err = cli(*argv, main=evaluation.main)
+        prompt = [t.bos] + t.encode("Once upon")
+        ids = model.generate(lm, [prompt], 9, t.eos)[0]
+        assert (status, err) == (0, "") and out == t.decode(prompt + ids)[len("Once upon"):] + "\n"
+        status, out, err = cli("--task", "gsm8k", "--ckpt", path / "c", "--json", "--limit", 1, "--max-new-tokens", 2,
+                               "--shots", 1, main=evaluation.main)
+        assert status == 0 and json.loads(out)["total"] == 1
+        for bad in (("--prompt", "x", "--ckpt", path / "none"), ("--limit", "-1"), ("--task", "gsm8k", "--predictions", path / "no")):
+            status, out, err = cli(*bad, main=evaluation.main)
+            assert (status, out, err.count("\n")) == (2, "", 1), (bad, err)
+
+
+def test_the_main_command_runs_on_the_bundled_model_from_anywhere():
+    # kills: a path relative to the working directory; a bundled file that is missing; more than 1.5 GB
+    with folder() as path:
+        def command(*argv):
+            return subprocess.run([sys.executable, HERE / "train.py", *map(str, argv)], cwd=path, capture_output=True, text=True)
+        done = command("--task", "gsm8k", "--dropout", "0.2", "--adapter", 2, "--rounds", 1, "--local-steps", 2, "--align-init", 2,
+                       "--eval-limit", 4, "--out", "run")
+        assert done.returncode == 0, done.stderr
+        summary = json.loads((path / "run" / "summary.json").read_text())
+        row, = csv.DictReader(open(path / "run" / "log.csv"))
+        assert summary["metrics"]["adapfu"]["total"] == 4 and summary["peak_memory_bytes"] < 1.5e9
+        assert float(row["client_loss"]) < 0.5 * math.log(1024), "a pre-trained model"
+        again = command("--task", "gsm8k", "--out", "run")
+        assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--resume" in again.stderr
 
 
 # ---- runner -------------------------------------------------------------------------------------
