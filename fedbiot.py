@@ -6,15 +6,17 @@
     linear_kl, Server.align  Eq. 3-5, 7       L2 at the adapter's input + lambda KL of the outputs
     Client.update            Algorithm 2, 8-15    K local steps on the adapter's LoRA
     Server.aggregate         Eq. 11, line 16  weighted average
-    Server, Client, Wire, federate            the protocol that every method here shares
+    Server, Client, Wire, accepted, federate  the protocol that every method here shares
 
 E* = dropped part's original layers (never leave the server), E = emulator, A = adapter, `lora` = LoRA matrices.
 """
 import json
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from statistics import mean, median_low
 
 import numpy as np
 import torch
@@ -54,6 +56,10 @@ class Config:
     align_tokens: str = option("answer", "tokens of the alignment: of the answer, or all (padding too)",
                                choices=("answer", "all"))
     align_renew: bool = option(False, "a new alignment optimizer in every round, as in the authors' code")
+    max_update_norm: float = option(10.0, "an upload that moved this many times further than the round's median is "
+                                          "rejected (0: none is)")
+    client_timeout: float = option(0.0, "seconds after which a round goes on without a client's upload (0: it waits); "
+                                        "for torchrun")
     uniform_weights: bool = option(False, "average uploads uniformly, as in the authors' code, not by |D_m|/|D|")
     seed: int = option(0, "seed of everything")
 
@@ -153,7 +159,7 @@ class LinearKL(torch.autograd.Function):
 
 
 def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """sum_i w_i * cross_entropy(W h_i, y_i): a scalar, fp32.
+    """sum_i w_i * cross_entropy(W h_i, y_i): a scalar, fp32. Eq. 6.
 
     h (N, D) after the final norm, W (V, D) the frozen head (it gets no gradient), targets (N,) int64,
     weights (N,) fp32; a row of weight 0 is ignored, whatever it holds.
@@ -273,7 +279,7 @@ class Server:
         if losses:
             l2, kl = torch.stack(losses[-10:]).mean(0).tolist()
             if not math.isfinite(l2 + kl):
-                raise UserError(f"round {t}: the alignment's loss is L2 {l2}, KL {kl}; try a smaller --server-lr")
+                raise UserError(f"round {t + 1}: the alignment's loss is L2 {l2}, KL {kl}; try a smaller --server-lr")
             self.metrics = {"align_l2": l2, "align_kl": kl}             # mean of the last ten steps
 
     def alignment_losses(self, batch) -> tuple[Tensor, Tensor]:
@@ -294,6 +300,10 @@ class Server:
         if self.cfg.align_norm == "rms":
             l2 = l2 / (weights * target.float().square().sum(-1)).sum()
         return l2, linear_kl(h_student, h_teacher, self.full.output.weight, weights)
+
+    def expected(self, t: int) -> Payload:
+        """An upload that learnt nothing: what `accepted` holds the others against."""
+        return {name: p.detach() for name, p in self.tuned.items()}
 
     def aggregate(self, t: int, uploads: list[Payload], weights: list[float]):
         """Eq. 11, line 16: A <- sum_m p_m A_m, p_m = |D_m| / |D| over those who took part.
@@ -354,7 +364,7 @@ class Client:
             optimizer.step()
         mean = torch.stack(losses).mean().item()
         if not math.isfinite(mean):
-            raise UserError(f"round {t}, client {m}: the loss is {mean}; try a smaller --lr, or --dtype fp32")
+            raise UserError(f"round {t + 1}, client {m}: the loss is {mean}; try a smaller --lr, or --dtype fp32")
         return {name: p.detach().clone() for name, p in self.tuned.items()}, {"loss": mean}
 
     def proximal_pairs(self, sent: Payload) -> list[tuple[Tensor, ...]]:
@@ -368,11 +378,14 @@ def payload_bytes(payload: Payload) -> int:
 
 
 class Wire:
-    """Between server and clients, all in one process: each shard's turn comes after the other."""
+    """Between server and clients, all in one process: each shard's turn comes after the other. Counts bytes."""
 
-    def round(self, t: int, payload: Payload, client, shards, chosen) -> dict[int, tuple[Payload, dict]]:
+    def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> dict[int, tuple[Payload, dict]]:
         bar = tqdm(chosen, f"round {t + 1}", leave=False, disable=None)
-        return {m: client.update(t, payload, shards[m], m) for m in bar}
+        results = {m: client.update(t, payload, shards[m], m) for m in bar}
+        self.down = [payload_bytes(payload) for _ in chosen]
+        self.up = [payload_bytes(upload) for upload, _ in results.values()]
+        return results
 
 
 def choose_clients(cfg, clients: int, t: int) -> list[int]:
@@ -380,6 +393,44 @@ def choose_clients(cfg, clients: int, t: int) -> list[int]:
     if cfg.clients_per_round in (0, clients):
         return list(range(clients))
     return sorted(np.random.default_rng((cfg.seed, t, SERVER)).choice(clients, cfg.clients_per_round, False).tolist())
+
+
+def misfit(upload: Payload, expected: Payload) -> str:
+    """Why an upload cannot be counted, by its names, shapes and dtypes alone; "": it can."""
+    if odd := sorted(map(str, upload.keys() ^ expected.keys())):
+        return f"{len(odd)} tensors are missing or surplus, the first is {odd[0][:80]!r}"
+    for name, like in expected.items():
+        if (upload[name].dtype, upload[name].shape) != (like.dtype, like.shape):
+            return (f"{name} is {upload[name].dtype} {list(upload[name].shape)}, "
+                    f"expected {like.dtype} {list(like.shape)}")
+    return ""
+
+
+def moved(upload: Payload, expected: Payload) -> float:
+    """How far an upload is from what was sent: a norm over all its floats, in fp64 so that none overflows."""
+    return math.sqrt(sum((upload[name].to(like.device).double() - like.double()).square().sum().item()
+                         for name, like in expected.items() if like.is_floating_point()))
+
+
+def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[Payload, dict]]:
+    """The results that count, and one line for each that does not."""
+    reasons = {m: misfit(upload, expected) for m, (upload, _) in results.items()}
+    norms = {m: moved(upload, expected) for m, (upload, _) in results.items() if not reasons[m]}
+    for m in norms:
+        loss = results[m][1].get("loss")
+        if not (math.isfinite(norms[m]) and isinstance(loss, float) and math.isfinite(loss)):
+            reasons[m] = "not all of its numbers are finite"
+    usual = median_low([norms[m] for m in norms if not reasons[m]] or [0.0])    # low: of two, the smaller
+    for m in norms:
+        if not reasons[m] and 0 < cfg.max_update_norm * usual < norms[m]:
+            reasons[m] = (f"it moved {norms[m]:.3g}, more than --max-update-norm {cfg.max_update_norm:g} times "
+                          f"the round's median {usual:.3g}")
+    for m in results:
+        if reasons[m]:
+            print(f"round {t + 1}, client {m}: rejected, {reasons[m]}", file=sys.stderr)
+    if all(reasons.values()):
+        raise UserError(f"round {t + 1}: no client's upload could be counted; the last round's state is kept")
+    return {m: result for m, result in results.items() if not reasons[m]}
 
 
 @torch.no_grad()
@@ -393,10 +444,11 @@ def federate(server, client, shards, cfg, wire, first_round: int = 0):
         start = time.perf_counter()
         payload = server.broadcast(t)                                   # lines 3-7: align E, send A and E
         chosen = choose_clients(cfg, len(shards), t)
-        results = wire.round(t, payload, client, shards, chosen)        # lines 8-15: K local steps each
+        expected = server.expected(t)
+        results = wire.round(t, payload, client, shards, chosen, expected)      # lines 8-15: K local steps each
+        results = accepted(t, results, expected, cfg)
         weights = [1.0 if cfg.uniform_weights else float(len(shards[m])) for m in results]
-        uploads = [upload for upload, _ in results.values()]
-        server.aggregate(t, uploads, weights)                           # line 16: A <- sum p_m A_m
+        server.aggregate(t, [upload for upload, _ in results.values()], weights)    # line 16: A <- sum p_m A_m
         yield {"round": t + 1, "client_loss": average_metrics(results, weights), **server.metrics,
-               "bytes_down": payload_bytes(payload), "bytes_up": sum(map(payload_bytes, uploads)) / len(uploads),
+               "bytes_down": mean(wire.down), "bytes_up": mean(wire.up),
                "seconds": time.perf_counter() - start}
