@@ -1,0 +1,77 @@
+"""Curves of one or several runs in one picture, from their log.csv: losses, accuracy, bytes a client exchanged.
+
+    python benchmarks/plot.py runs/gsm8k-fedbiot-b0.2-s2-seed0 runs/gsm8k-fedot-b0.2-s2-seed0 --out curves.png
+
+Needs matplotlib (pip install -r benchmarks/requirements.txt); nothing else in this project does.
+"""
+import argparse
+import csv
+import sys
+from itertools import accumulate
+from pathlib import Path
+
+MODELS = ("base", "adapemu", "adapfu", "full", "small", "distilled", "proxy")
+
+
+def read_log(folder) -> list[dict[str, float]]:
+    """The rows of a run's log.csv; a cell that is empty is absent."""
+    path = Path(folder) / "log.csv"
+    if not path.is_file():
+        sys.exit(f"error: {path}: no such file; expected a run folder of train.py")
+    with open(path, newline="") as file:
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    return rows or sys.exit(f"error: {path}: no finished round yet")
+
+
+def column(rows, name) -> tuple[list[float], list[float]]:
+    """(rounds, values) where the column has a value."""
+    found = [(row["round"], row[name]) for row in rows if name in row]
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def exchanged(rows) -> tuple[list[float], list[float]]:
+    """(rounds, MB down and up a client since the start). The bootstrap is not in the log."""
+    return column(rows, "round")[0], [b / 1e6 for b in accumulate(row["bytes_down"] + row["bytes_up"] for row in rows)]
+
+
+def draw(runs: dict[str, list[dict]], plt):
+    """One panel a quantity, one colour a run; a model's accuracy has its own dash."""
+    figure, axes = plt.subplots(1, 5, figsize=(20, 4), layout="constrained")
+    titles = ("client loss", "alignment: L2", "alignment: KL", "accuracy", "MB a client, down + up, so far")
+    for axis, title in zip(axes, titles):
+        axis.set(title=title, xlabel="round")
+        axis.grid(alpha=0.3)
+    for i, (label, rows) in enumerate(runs.items()):
+        colour = f"C{i}"
+        for axis, name in zip(axes, ("client_loss", "align_l2", "align_kl")):
+            axis.plot(*column(rows, name), color=colour, label=label)
+        models = [name for name in MODELS if any(name in row for row in rows)]
+        for name, dash in zip(models, (":", "--", "-", "-.")):
+            axes[3].plot(*column(rows, name), dash, color=colour, marker="o", markersize=3, label=f"{label}: {name}")
+        axes[4].plot(*exchanged(rows), color=colour)
+    for axis in (axes[0], axes[3]):
+        axis.legend(fontsize=7)
+    return figure
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
+    parser.add_argument("--out", default="curves.png", help="picture to write: .png, .svg, .pdf (default curves.png)")
+    args = parser.parse_args(argv)
+    runs = {Path(folder).resolve().name: read_log(folder) for folder in args.runs}
+    if len(runs) < len(args.runs):                      # two runs of one name: show where they lie
+        runs = {str(folder): read_log(folder) for folder in args.runs}
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("error: matplotlib is not installed; pip install -r benchmarks/requirements.txt")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    draw(runs, plt).savefig(args.out, dpi=120)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
