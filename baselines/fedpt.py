@@ -56,11 +56,11 @@ class Proxy(nn.Module):
     def caches(self, batch: int, slots: int) -> list:
         return [cache for lm in (self.large, self.small, self.untuned) for cache in lm.caches(batch, slots)]
 
-    def hidden(self, tokens: Tensor, caches=None, slots=None, mask=None) -> Tensor:
+    def hidden(self, tokens: Tensor, caches=None, slots=None, mask=None, rows=None) -> Tensor:
         """(B, T) -> (B, T, D_L + D_S): what the heads read, so that `output` can be asked for few positions."""
         n, k = len(self.large.layers), len(self.large.layers) + len(self.small.layers)
         own = (caches[:n], caches[n:k], caches[k:]) if caches else (None, None, None)
-        large, small, untuned = (lm.hidden(tokens, c, slots, mask)
+        large, small, untuned = (lm.hidden(tokens, c, slots, mask, rows)
                                  for lm, c in zip((self.large, self.small, self.untuned), own))
         return torch.cat((large, small - untuned), -1)
 
