@@ -151,5 +151,5 @@ class Client:
 
     def loss(self, batch) -> float:
         batch = batch.to(self.w[0].device)
-        h = self.lm.hidden(batch.tokens).flatten(0, 1)[batch.rows]
+        h = self.lm.hidden(batch.tokens, rows=batch.rows)                    # (N, D)
         return linear_cross_entropy(h, self.lm.output.weight, batch.targets, batch.weights).item()

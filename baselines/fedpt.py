@@ -110,9 +110,9 @@ class Server(fedavg.Server):
         """(KL(proxy || small), mean ||z_S - z_S0||) over the answers' tokens."""
         with torch.no_grad():
             z_L = self.large(batch.tokens).flatten(0, 1)[batch.rows]    # (N, V): all that is asked of it
-            h, h0 = (lm.hidden(batch.tokens).flatten(0, 1)[batch.rows] for lm in (self.snapshot, self.full))
+            h, h0 = (lm.hidden(batch.tokens, rows=batch.rows) for lm in (self.snapshot, self.full))
             drift = (batch.weights * self.full.output(h - h0).float().norm(dim=-1)).sum()
-        h_student = self.lm.hidden(batch.tokens).flatten(0, 1)[batch.rows]
+        h_student = self.lm.hidden(batch.tokens, rows=batch.rows)
         return linear_kl(h_student, self.cfg.proxy_alpha * (h - h0), self.full.output.weight, batch.weights, z_L), drift
 
     def models(self) -> dict:
