@@ -6,14 +6,17 @@ or the server, draws its batches from). FedBiOT section 5.1 and appendix; Alpaca
 
     shards = make_shards("gsm8k", "tiny/data", tokenizer, clients=3, max_len=256, seed=0)
 """
+import csv
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
 import sys
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,22 +88,42 @@ def verify(path: Path, url: str, check):
         raise UserError(f"{url}: expected {check} rows, the download has {rows}; try again, or place the file by hand")
 
 
-def read_rows(path: Path, name: str | None = None) -> list[dict]:
-    """The objects of a .jsonl, .jsonl.gz or .json (an array) file; `name` tells the format where path does not."""
-    name = name or path.name
+def read_text(path: Path, name: str) -> str:
+    """The text of a file, unpacked where its name ends in .gz or .zip (its first member); at most LARGEST bytes."""
     try:
-        with (gzip.open if name.endswith(".gz") else open)(path, "rb") as file:
-            blob = file.read(LARGEST + 1)
+        if name.endswith(".zip"):
+            with zipfile.ZipFile(path) as archive, archive.open(archive.namelist()[0]) as file:
+                blob = file.read(LARGEST + 1)
+        else:
+            with (gzip.open if name.endswith(".gz") else open)(path, "rb") as file:
+                blob = file.read(LARGEST + 1)
         text = blob.decode()
-    except (OSError, EOFError, UnicodeDecodeError, gzip.zlib.error) as error:
-        raise UserError(f"{path}: cannot be read as {'gzipped ' if name.endswith('.gz') else ''}UTF-8 text: {error}") from None
+    except (OSError, EOFError, UnicodeDecodeError, gzip.zlib.error, zipfile.BadZipFile, LookupError,
+            NotImplementedError, RuntimeError) as error:        # the last: an encrypted archive
+        packed = "packed " if name.endswith((".gz", ".zip")) else ""
+        raise UserError(f"{path}: cannot be read as {packed}UTF-8 text: {error}") from None
     if len(blob) > LARGEST:
         raise UserError(f"{path}: more than {LARGEST:,} bytes once unpacked; expected a data set of at most that")
-    if name.endswith(".json"):
+    return text
+
+
+def read_rows(path: Path, name: str | None = None) -> list:
+    """The objects of a .jsonl or .json (an array) file, packed or not, or the lists of texts of a .csv or .tsv;
+    `name` tells the format where path does not."""
+    name = name or path.name
+    text = read_text(path, name)
+    if name.endswith((".csv", ".tsv")):
+        form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if name.endswith(".tsv") else {}
+        try:
+            return [row for row in csv.reader(io.StringIO(text, newline=""), **form) if row]
+        except csv.Error as error:
+            raise UserError(f"{path}: not a table in {name[-3:]} format: {error}") from None
+    if name.removesuffix(".zip").endswith(".json"):
         rows = parse(text, path, "")
-        where = [f"{path}, row {i}" for i in range(1, len(rows) + 1)] if isinstance(rows, list) else []
+        rows = rows.get("data", rows) if isinstance(rows, dict) else rows       # SQuAD's form, and QuAC's
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a JSON array of objects, found {type(rows).__name__}")
+        where = [f"{path}, row {i}" for i in range(1, len(rows) + 1)]
     else:
         numbered = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         rows = [parse(line, path, f", line {i}") for i, line in numbered]
@@ -160,7 +183,10 @@ def read_rosetta(data_dir) -> list[Row]:
     """One label (the paper's nine after dropping `X86-64 Assembly`) a programming language."""
     path = find_file(data_dir, "rosetta/rosetta_alpaca.json")
     triples = fields(read_rows(path), path, ("instruction", "input", "output"))
-    return [Row(*t, label=t[1]) for t in triples if t[1] != "X86-64 Assembly"]
+    rows = [Row(*t, label=t[1]) for t in triples if t[1] != "X86-64 Assembly"]
+    if left := len(triples) - len(rows):
+        print(f"note: {path.name}: {left} rows in X86-64 Assembly left out, as in the paper", file=sys.stderr)
+    return rows
 
 
 def read_dolly(data_dir) -> list[Row]:

@@ -145,20 +145,22 @@ def questions_of(name: str, row) -> list[Question]:
     if name == "narrativeqa":
         return [Question(untokenised(row["question.tokens"]), untokenised(row["context.tokens"]),
                          [untokenised(text) for text in row["ground_truths"]])]
-    if name in ("hellaswag", "openbookqa"):
-        if name == "hellaswag":
-            then = row["ctx_b"][:1].upper() + row["ctx_b"][1:]
-            ask, options, right = f"{row['activity_label']}: {row['ctx_a']} {then}".strip(), row["endings"], int(row["label"])
-        else:
-            ask, options, right = row[1], re.split(r"\s*\([A-D]\)\s*", row[2])[1:], LETTERS.index(row[4])
-        answers = [options[right], dict(zip(range(4), LETTERS))[right]]     # a prediction may be the letter
-        assert len(options) == 4 and all(options), options
-        return [Question(ask, "", answers, tuple(options))]
+    if name == "openbookqa":
+        return [choice(row[1], re.split(r"\s*\([A-D]\)\s*", row[2])[1:], LETTERS.index(row[4]))]
+    if name == "hellaswag":
+        then = row["ctx_b"][:1].upper() + row["ctx_b"][1:]
+        return [choice(f"{row['activity_label']}: {row['ctx_a']} {then}".strip(), row["endings"], int(row["label"]))]
     ask = row["question"].removesuffix("?") + "?"               # a search engine's query as a question
     if name == "boolq":                                         # the label as JSON's true or as text
         return [Question(ask, row["passage"], [{"true": "Yes", "false": "No"}[str(row["label"]).lower()]])]
     opened = name == "naturalquestions_open"
     return [Question(ask, row["ctxs"][0]["text"] if opened else "", row["answers" if opened else "answer"])]
+
+
+def choice(ask: str, options: list[str], right: int) -> Question:
+    if len(options) != 4 or not all(options) or not 0 <= right < 4:
+        raise ValueError("expected four options, and which is right")
+    return Question(ask, "", [options[right], LETTERS[right]], tuple(options))      # a prediction may be the letter
 
 
 def quac_turns(row: dict) -> list[Question]:
@@ -190,7 +192,7 @@ def read_questions(name: str, paths) -> list[Question]:
         for i, row in enumerate(read_rows(path)[header:], 1 + header):
             try:
                 questions += [q._replace(subject=subject) for q in questions_of(name, row)]
-            except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(f"{path}, row {i}: expected a row of {name}'s official file ({error!r})") from None
     return questions
 
@@ -290,9 +292,9 @@ def choose_options(lm: LM, tokenizer, name: str, questions: list[Question], opts
         return log_likelihoods(lm, pairs, opts.batch_size, progress)
     scores = likelihoods(questions)
     if name == "hellaswag":
-        scores /= torch.tensor([len(option) for option in options])
+        scores = scores / torch.tensor([len(option) for option in options])
     else:
-        scores -= likelihoods([q._replace(ask="Answer:") for q in questions])
+        scores = scores - likelihoods([q._replace(ask="Answer:") for q in questions])
     return [q.options[best] for q, best in zip(questions, scores.view(-1, 4).argmax(1).tolist())]
 
 
@@ -313,7 +315,8 @@ def score_dolly(lm: LM, tokenizer, opts, progress: str) -> dict:
     results = {}
     for name, questions in read_scenarios(opts.data_dir).items():
         shown = worked_examples(name, questions, opts)
-        asked = [q for q in questions if q not in shown[q.subject]]
+        held_out = {id(example) for examples in shown.values() for example in examples}
+        asked = [q for q in questions if id(q) not in held_out]
         asked = spread(asked, min(opts.limit or len(asked), len(asked)))
         texts = answers_to(lm, tokenizer, name, asked, shown, opts, f"{progress} {name}") if asked else []
         results[name] = scored(name, asked, texts)
