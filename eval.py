@@ -29,7 +29,7 @@ from tqdm import tqdm
 import baselines
 from data import Example, collate, fields, find_file, prompt_of, read_gsm8k, read_rows
 from lora import lora_tensors, merged, write_peft
-from model import LM, UserError, generate, load, write_checkpoint
+from model import LM, UserError, generate, load, read_saved, write_checkpoint
 
 HERE = Path(__file__).resolve().parent
 BUNDLED_CKPT, BUNDLED_DATA = HERE / "tiny" / "llama", HERE / "tiny" / "data"
@@ -376,7 +376,7 @@ def models_of_run(folder, device, dtype) -> tuple[dict, object, SimpleNamespace]
     full, tokenizer = load(cfg.ckpt, dtype=dtype, device=device)
     server = baselines.module_of(cfg.method).Server(full, None, cfg)
     try:
-        server.load_state_dict({"learnt": torch.load(path, map_location="cpu", weights_only=True)})
+        server.load_state_dict({"learnt": read_saved(path)})
     except Exception as error:  # a damaged file raises nearly anything
         raise UserError(f"{path}: not what this run learnt ({str(error)[:120]})") from None
     return server.models(), tokenizer, cfg

@@ -9,29 +9,28 @@ torchrun needs); what is printed; main.
 """
 import argparse
 import contextlib
-import csv
+import importlib.util
 import io
 import json
 import os
 import resource
 import sys
 import time
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 import baselines
 from data import CLIENTS, MAX_LEN, make_public, make_shards
-from eval import (BUNDLED_CKPT, BUNDLED_DATA, TASKS, Parser, evaluate, main_guard, models_of_run, pick_device,
-                  pick_dtype)
+from eval import BUNDLED_CKPT, BUNDLED_DATA, TASKS, Parser, evaluate, main_guard, pick_device, pick_dtype
 from fedbiot import Config, Payload, Wire, federate, misfit, option, payload_bytes
-from model import ModelConfig, UserError, load, load_tokenizer
+from lora import start_from
+from model import ModelConfig, UserError, load, load_tokenizer, read_saved
 
 # What the bundled model is run with (tiny/README.md says how it was found); a real one gets the paper's.
 BUNDLED = {"rounds": 8, "local_steps": 30, "lr": 3e-3, "server_lr": 2e-3, "max_len": 256, "shots": 0}
@@ -43,8 +42,9 @@ METHOD_BUNDLED = {"fedkseed": {"lr": 3e-5}, "fedkseed-pro": {"lr": 3e-5}}
 
 ONCE = {"prox", "align_steps", "align_renew"}           # what alignment before the first round leaves idle
 EMULATOR = ONCE | {"dropout", "adapter", "kl_weight", "align_init", "align_norm", "align_tokens"}
-NO_USE = {"fedbiot": set(), "offsite": ONCE, "fedot": ONCE, "fedavg": EMULATOR | {"server_lr"}, "fedpt": EMULATOR,
-          **{name: EMULATOR | {"server_lr", "rank", "alpha"} for name in ("fedkseed", "fedkseed-pro", "fedtt", "fedtt+")}}
+NO_USE = {"fedbiot": set(), "offsite": ONCE, "fedot": ONCE, "fedavg": EMULATOR | {"server_lr"},
+          "fedpt": EMULATOR | {"init_lora"}, **{name: EMULATOR | {"server_lr", "rank", "alpha", "init_lora"}
+                                                for name in ("fedkseed", "fedkseed-pro", "fedtt", "fedtt+")}}
 OWN = {"kseed_": "fedkseed", "tt_": "fedtt", "proxy_": "fedpt"}         # whose flags these are
 
 
@@ -74,6 +74,8 @@ class RunConfig(Config):
                         choices=("auto", "fp32", "bf16", "fp16"))
     threads: int = option(0, "CPU threads of every process (0: the host's cores / its processes)")
     out: str | None = option(None, "run folder; default runs/<task>-<method>-…")
+    init_lora: str | None = option(None, "start from this LoRA: a PEFT adapter's folder, a run's folder or its lora.pt")
+    tensorboard: bool = option(False, "the log for TensorBoard too, in <run folder>/tensorboard")
     kseed_candidates: int = option(0, "FedKSeed: candidate seeds (K); 0: 4096, for Pro 1024")
     kseed_eps: float = option(5e-4, "FedKSeed: step of the two-point gradient (epsilon)")
     tt_rank: int = option(5, "FedTT: rank of the tensor trains")
@@ -146,6 +148,8 @@ def check(cfg: RunConfig):
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected a finite number, 0 or more")
     if not 0 < cfg.kseed_eps < float("inf"):
         raise UserError(f"--kseed-eps {cfg.kseed_eps}: expected a finite number above 0, for example 5e-4")
+    if cfg.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard: not installed; pip install tensorboard, or leave it: log.csv has the same numbers")
     if cfg.clients_per_round > cfg.clients:
         raise UserError(f"--clients-per-round {cfg.clients_per_round}: there are {cfg.clients} clients")
     if cfg.validate and cfg.task != "gsm8k":
@@ -180,7 +184,8 @@ def plan(c: ModelConfig, cfg) -> dict:
     elif cfg.method in ("fedtt", "fedtt+"):                             # FedTT+: mean of a cycle over the cores
         cores, biases = baselines.module_of(cfg.method).sizes(c.dim, cfg)
         trained, layer, crossed = n * (cores + biases), matrices + cores + biases, 2 * n - 1
-        sent = 8 * n * (cores / (6 if cfg.method == "fedtt+" and not (cfg.clients_per_round or cfg.client_timeout) else 1) + biases)
+        some_absent = cfg.clients_per_round or cfg.client_timeout
+        sent = 8 * n * (cores / (6 if cfg.method == "fedtt+" and not some_absent else 1) + biases)
     else:                                                               # FedPT: FedAvg, on the small model
         _, small = baselines.module_of(cfg.method).small_config(cfg, c.vocab_size)
         matrices, lora = layer_sizes(small, cfg.rank)
@@ -274,14 +279,26 @@ def load_state(folder: Path, cfg: RunConfig) -> dict | None:
     if not path.is_file():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        then, now = state["config"], as_json(cfg)
+        state = read_saved(path)
+        then, now = state["config"] | {}, as_json(cfg)
+        if [row["round"] for row in state["rows"]] != list(range(1, len(state["rows"]) + 1)):
+            raise ValueError("its rounds are not 1, 2, …")
     except Exception as error:  # a damaged file raises nearly anything
         raise UserError(f"{path}: not a state that can be resumed ({str(error)[:100]}); move it away to start anew") from None
-    if flag := difference(then, now, ("out", "device", "client_timeout")):
+    if flag := difference(then, now, ("out", "device", "client_timeout", "tensorboard")):
         raise UserError(f"{path}: was made with --{flag.replace('_', '-')} {then.get(flag)}, now it is {now[flag]}; "
                         f"resume with the same flags, or choose another --out")
     return state
+
+
+def go_on_from(state: dict, server, folder: Path):
+    try:
+        server.load_state_dict(state)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+        raise UserError(f"{folder / 'state.pt'}: not this method's and this model's state ({str(error)[:100]}); "
+                        f"move it away to start anew") from None
 
 
 def difference(then: dict, now: dict, free: tuple[str, ...]) -> str | None:
@@ -333,9 +350,10 @@ class Processes:
                 self.wait(f"from {rank}")
         else:
             theirs, backend = self.wait(f"to {self.rank}")
-            if flag := difference(theirs, mine, ("out", "device", "threads", "ckpt", "proxy_ckpt", "data_dir")):
-                raise UserError(f"rank {self.rank}: was started with --{flag.replace('_', '-')} {mine[flag]}, rank 0 with "
-                                f"{theirs.get(flag)}; give all hosts the same flags")
+            free = ("out", "device", "threads", "ckpt", "proxy_ckpt", "data_dir", "init_lora", "tensorboard")
+            if flag := difference(theirs, mine, free):
+                raise UserError(f"rank {self.rank}: was started with --{flag.replace('_', '-')} {mine[flag]}, rank 0 "
+                                f"with {theirs.get(flag)}; give all hosts the same flags")
             self.post(f"from {self.rank}", "ready")
         self.place = device if backend == "nccl" else torch.device("cpu")
         if self.place.type == "cuda":
@@ -503,6 +521,9 @@ class Run:
         except OSError as error:
             raise UserError(f"--out {folder}: no folder can be made there ({error})") from None
         write_json(folder / "config.json", as_json(cfg))
+        if cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=len(self.rows) + 1)
         if self.rows:
             self.evaluate_if_due()
             write_log(folder, self.rows)
@@ -517,6 +538,10 @@ class Run:
         self.rows.append(record)
         self.save()
         self.evaluate_if_due()
+        if self.cfg.tensorboard:
+            for name, value in record.items():
+                self.board.add_scalar(name, value, record["round"])
+            self.board.flush()
         print(round_line(self.rows[-1], self.cfg.rounds), flush=True)
 
     def evaluate_if_due(self):
@@ -632,7 +657,9 @@ def run(argv=None, processes: Processes | None = None) -> int:
     method = baselines.module_of(cfg.method)
     server = method.Server(full, public, cfg)
     if state:
-        server.load_state_dict(state["server"])
+        go_on_from(state["server"], server, folder)
+    elif cfg.init_lora and "init_lora" not in NO_USE[cfg.method]:
+        start_from(Path(cfg.init_lora), server, model_config, cfg.alpha / cfg.rank)
     bootstrap, client = server.bootstrap(), None
     if processes is wire:
         wire.start_clients(bootstrap)
