@@ -1,10 +1,12 @@
 """Evaluation: GSM8K, HumanEval-X, question answering; a finished run, a checkpoint, or a file of predictions.
 
 In order: the machine (device, dtype, threads); GSM8K (prompts, extraction, numeric comparison);
-evaluate (any task); runs (a finished run's models again, or exported); the command line.
+question answering (HELM's scenarios); evaluate (any task); runs (a finished run's models again, or
+exported); the command line.
 
     python eval.py --run runs/gsm8k-fedbiot-b0.2-s2-seed0 --model adapfu
     python eval.py --ckpt tiny/llama --task gsm8k --limit 100
+    python eval.py --ckpt llama-2-7b --data-dir data --task dolly --limit 200
     python eval.py --task gsm8k --predictions answers.jsonl
 """
 import argparse
@@ -202,7 +204,7 @@ def read_scenarios(data_dir) -> dict[str, list[Question]]:
     root = Path(data_dir) / "helm_qa"
     found = {name: read_questions(name, root.glob(files)) for name, (files, *_) in SCENARIOS.items()}
     if not any(found.values()):
-        raise UserError(f"{root}: expected the files of HELM's scenarios, for example {root}/boolq/val.jsonl; found none")
+        raise UserError(f"{root}: expected files of HELM's scenarios, such as {root}/boolq/val.jsonl; found none")
     for name in [name for name, questions in found.items() if not questions]:
         print(f"note: {name} is not run: nothing at {root / SCENARIOS[name][0]}", file=sys.stderr)
     return found
@@ -234,7 +236,7 @@ def scored(name: str, questions: list[Question], texts: list[str]) -> dict:
 
 
 def averaged(scenarios: dict) -> dict:
-    """`accuracy` is the average of the scenarios that ran (Figure 2's), `correct` the sum of all questions' scores."""
+    """`accuracy`: the average of the scenarios that ran (Figure 2's); `correct`: the sum of all questions' scores."""
     ran = [s for s in scenarios.values() if s["total"]]
     return {"correct": round(sum(s["score"] * s["total"] for s in ran), 4), "total": sum(s["total"] for s in ran),
             "accuracy": sum(s["score"] for s in ran) / max(len(ran), 1), "scenarios": scenarios}
@@ -246,12 +248,12 @@ def spread(rows: list, n: int) -> list:
 
 
 def worked_examples(name: str, questions: list[Question], opts) -> dict[str, list[Question]]:
-    """By subject."""
-    shots = min(opts.shots, 5, len(questions) // 2)
+    """By subject, as many as there are, but never most of the file that is scored."""
+    subjects, shots = {q.subject for q in questions}, min(opts.shots, 5) if SCENARIOS[name][2] else 0
     if name == "mmlu" and shots:
         dev = read_questions(name, (Path(opts.data_dir) / "helm_qa").glob("mmlu/dev/*_dev.csv"))
-        return {s: [d for d in dev if d.subject == s][:shots] for s in {q.subject for q in questions}}
-    return dict.fromkeys((q.subject for q in questions), spread(questions, shots if SCENARIOS[name][2] else 0))
+        return {s: [d for d in dev if d.subject == s][:shots] for s in subjects}
+    return dict.fromkeys(subjects, spread(questions, min(shots, len(questions) // 2)))
 
 
 def question_ids(q: Question, shown: list[Question], opts, new_tokens: int, tokenizer) -> list[int]:
@@ -298,7 +300,7 @@ def choose_options(lm: LM, tokenizer, name: str, questions: list[Question], opts
     return [q.options[best] for q, best in zip(questions, scores.view(-1, 4).argmax(1).tolist())]
 
 
-def answers_to(lm: LM, tokenizer, name: str, questions: list[Question], shown: dict, opts, progress: str) -> list[str]:
+def answers_to(lm: LM, tokenizer, name: str, questions: list[Question], shown: dict, opts, progress: str) -> list:
     """The model's answers. In HELM's prompts a line break ends one, as in HELM."""
     if not SCENARIOS[name][2]:
         return choose_options(lm, tokenizer, name, questions, opts, progress)
@@ -331,7 +333,7 @@ def score_dolly_predictions(path, data_dir) -> dict:
             raise UserError(f"{path}, row {i}: expected a scenario of {', '.join(SCENARIOS)}, found {name!r}")
         index, n = row.get("index"), len(questions[name])
         if type(index) is not int or not 0 <= index < n or index in pairs[name]:
-            raise UserError(f"{path}, row {i}: {name} has {n} questions; expected an index from 0, each once, found {index!r}")
+            raise UserError(f"{path}, row {i}: expected an index of {name}'s {n} questions, each once, found {index!r}")
         pairs[name][index] = text
     return averaged({name: scored(name, [questions[name][i] for i in texts], list(texts.values()))
                      for name, texts in pairs.items()})
@@ -431,8 +433,10 @@ def parse_args(argv=None):
     add("--ckpt", help="checkpoint folder (default: the bundled one)")
     add("--task", choices=TASKS, help="default: the run's")
     add("--data-dir", help="data folder (default: the run's, or the bundled one)")
-    add("--limit", type=int, default=0, help="first N test examples; of a question-answering scenario, N spread over it (0: all)")
-    add("--shots", type=int, help="worked examples in the prompt (default: 0 for the bundled model, else 8; question answering: at most 5)")
+    add("--limit", type=int, default=0,
+        help="first N test examples; of each question-answering scenario N, spread over it (0: all)")
+    add("--shots", type=int, help="worked examples in the prompt, for question answering 5 at most "
+        "(default: 0 for the bundled model, else 8)")
     add("--prompt", help="print the greedy completion of this text, and nothing else")
     add("--max-new-tokens", type=int, default=0, help="0: the task's (GSM8K 256)")
     add("--predictions", help="score this JSONL file instead of a model")
