@@ -124,8 +124,15 @@ def read_lora(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def start_from(path: Path, own: dict[str, Tensor], config: ModelConfig, scale: float):
-    """--init-lora: what `path` has of `own` is copied there; notes name the rest."""
+def start_from(path: Path, server, config: ModelConfig, scale: float):
+    """--init-lora: what `path` has of the server's LoRA is copied there; notes name the rest.
+
+    A run's lora.pt knows emulator and adapter. PEFT's was trained on the whole model, so of it
+    the adapter takes its own layers, and the emulator, which shall mimic the untuned model, none.
+    """
+    own = {name: p for lm in server.models().values() for name, p in lora_tensors(lm).items()}
+    if (path / "adapter_config.json").is_file():
+        own = server.tuned
     given = read_lora(path, config)
     fits = {n: t / scale if n.endswith("B") else t for n, t in given.items() if n in own}
     wrong = [f"{n} {list(t.shape)}, here {list(own[n].shape)}" for n, t in fits.items() if t.shape != own[n].shape]
