@@ -84,9 +84,11 @@ class TTBlock(nn.Module):
         self.after_attention = Adapter(d, cfg, rng, device)
         self.after_feed_forward = Adapter(d, cfg, rng, device)
 
-    def forward(self, x: Tensor, rope: Tensor, past=None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, past=None, rows=None) -> Tensor:
         b = self.block
         x = x + self.after_attention(b.attention(b.attention_norm(x), rope, past))
+        if rows is not None:
+            x = x.flatten(0, 1)[rows]
         return x + self.after_feed_forward(b.feed_forward(b.ffn_norm(x)))
 
 
