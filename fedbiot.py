@@ -90,20 +90,45 @@ def spread(total: int, kept: int) -> list[int]:
 
 # ---- losses -------------------------------------------------------------------------------------
 # The head W is frozen, so the gradient with respect to the hidden states can be made in the forward
-# pass, a chunk of rows at a time: no (N, V) tensor ever exists, and backward is one multiplication.
+# pass: no (N, V) tensor ever exists, and backward is one multiplication. A matrix product wants many
+# rows at a time, a chunk; what is done to its logits in fp32 wants few, a slice that stays in a CPU's cache.
 
 def chunks(h: Tensor, W: Tensor) -> list[slice]:
-    """Rows of h (N, D) by chunks whose fp32 logits take about 32 MB on the CPU, 512 MB on a GPU."""
+    """Rows of h (N, D) by chunks whose fp32 logits would take 32 MB on the CPU, 512 MB on a GPU."""
     budget, least = (2**25, 32) if h.device.type == "cpu" else (2**29, 1024)
     size = max(budget // (4 * len(W)), least)
     return [slice(a, min(a + size, len(h))) for a in range(0, len(h), size)]
 
 
+def slices(*tensors: Tensor):
+    """The same rows of every tensor (n, ...), on the CPU as many as make 4 MB of the first in fp32; a GPU takes all."""
+    n, V = tensors[0].shape
+    return zip(*(t.split(max(2**20 // V, 1) if t.device.type == "cpu" else n) for t in tensors))
+
+
 def project(h: Tensor, W: Tensor) -> Tensor:
-    """h (n, D) times W (V, D) transposed: logits (n, V) in fp32."""
+    """h (n, D) times W (V, D) transposed: logits (n, V), in fp32 where the product can give it."""
     if h.is_cuda and h.dtype != torch.float32:
         return torch.mm(h, W.T, out_dtype=torch.float32)
-    return (h @ W.T).float()
+    return h @ W.T
+
+
+def cross_entropy_rows(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits z (n, V) fp32, overwritten, and targets y (n, 1): the losses (n, 1) and their gradients p - one-hot."""
+    top, true = z.amax(-1, keepdim=True), z.gather(-1, y)
+    p = torch.softmax(z, -1, out=z)
+    lse = top - p.amax(-1, keepdim=True).log()                          # exact: max p >= 1 / V
+    return lse - true, p.scatter_add_(-1, y, -torch.ones_like(true))    # in fp32, before any cast
+
+
+def kl_rows(t: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Teacher's logits t (n, V) fp32 and student's minus teacher's, both overwritten: KL (n, 1) and p_s - p_t."""
+    t -= t.amax(-1, keepdim=True)
+    s = t + delta
+    top = s.amax(-1, keepdim=True)
+    p_t, p_s = torch.softmax(t, -1, out=t), torch.softmax(s, -1, out=s)
+    lse = top - p_s.amax(-1, keepdim=True).log() + p_t.amax(-1, keepdim=True).log()     # lse_s - lse_t
+    return lse - delta.mul_(p_t).sum(-1, keepdim=True), p_s.sub_(p_t)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -111,15 +136,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, h, W, targets, weights, needs_grad):
         loss, dh = weights.new_zeros(()), torch.empty_like(h) if needs_grad else None
         for rows in chunks(h, W):
-            w, y = weights[rows, None], targets[rows, None]             # (n, 1) each
-            z = project(torch.where(w != 0, h[rows], 0), W)             # (n, V)
-            top, true = z.amax(-1, keepdim=True), z.gather(-1, y)
-            p = torch.softmax(z, -1)
-            lse = top - p.amax(-1, keepdim=True).log()                  # exact: max p >= 1 / V
-            loss += (w * (lse - true)).sum()
-            if needs_grad:                                              # p - one-hot, before any cast
-                p.scatter_add_(-1, y, -torch.ones_like(true))
-                dh[rows] = p.mul_(w).to(h.dtype) @ W
+            w = weights[rows, None]                                     # (n, 1)
+            logits = project(torch.where(w != 0, h[rows], 0), W)        # (n, V)
+            for z, y, w_z in slices(logits, targets[rows, None], w):
+                each, gradient = cross_entropy_rows(z.float(), y)
+                loss += (w_z * each).sum()
+                z.copy_(gradient)
+            if needs_grad:
+                dh[rows] = w * (logits.to(W.dtype) @ W)
+            del logits, z                                               # before the next chunk's are made
         ctx.save_for_backward(dh)
         return loss
 
@@ -136,20 +161,17 @@ class LinearKL(torch.autograd.Function):
             w = weights[rows, None]                                     # (n, 1)
             h_t = torch.where(w != 0, h_teacher[rows], 0)
             apart = torch.where(w != 0, h_student[rows], 0).float() - h_t.float()
-            t = project(h_t, W)                                         # (n, V), teacher's logits
-            delta = project(apart.to(W.dtype), W)                       # student's minus teacher's
+            teacher, apart = project(h_t, W), project(apart.to(W.dtype), W)         # (n, V), logits
             if offset is not None:
                 more = torch.where(w != 0, offset[rows], 0).float()
-                t += more
-                delta -= more
-            t -= t.amax(-1, keepdim=True)
-            s = t + delta
-            top = s.amax(-1, keepdim=True)
-            p_t, p_s = torch.softmax(t, -1), torch.softmax(s, -1)
-            lse = top - p_s.amax(-1, keepdim=True).log() + p_t.amax(-1, keepdim=True).log()  # lse_s - lse_t
-            loss += (w * (lse - delta.mul_(p_t).sum(-1, keepdim=True))).sum()
+                teacher, apart = teacher + more, apart - more           # fp32
+            for t, delta, w_t in slices(teacher, apart, w):
+                each, gradient = kl_rows(t.float(), delta.float())
+                loss += (w_t * each).sum()
+                delta.copy_(gradient)
             if needs_grad:
-                dh[rows] = p_s.sub_(p_t).mul_(w).to(W.dtype) @ W
+                dh[rows] = w * (apart.to(W.dtype) @ W)
+            del teacher, apart, t, delta                                # before the next chunk's are made
         ctx.save_for_backward(dh)
         return loss
 
@@ -218,14 +240,15 @@ def lm_from(payload: Payload, device="cpu") -> LM:
     return lm.requires_grad_(False)
 
 
-def adapter_input_and_output(lm: LM, tokens: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """What enters layer `first`, and what the head reads: tokens (B, T) -> (B T, D) twice."""
+def adapter_input_and_output(lm: LM, tokens: Tensor, rows: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """What enters layer `first`, and what the head reads, at `rows` (N,) of tokens (B, T): (N, D) twice."""
     x, rope = lm.tok_embeddings(tokens), lm.rope(torch.arange(tokens.shape[1], device=tokens.device))
+    *_, last = lm.layers
     for i, block in lm.layers.items():
         if int(i) == first:
-            entered = x
-        x = block(x, rope)
-    return entered.flatten(0, 1), lm.norm(x).flatten(0, 1)
+            entered = x.flatten(0, 1)[rows]
+        x = block(x, rope, rows=rows if i == last else None)
+    return entered, lm.norm(x)
 
 
 class Server:
@@ -294,8 +317,8 @@ class Server:
             weights = torch.full(rows.shape, 1 / len(rows), device=rows.device)
         cut = self.adapter[-self.cfg.adapter]                           # the first layer on top of E
         with torch.no_grad():
-            target, h_teacher = (h[rows] for h in adapter_input_and_output(self.teacher, batch.tokens, cut))
-        entered, h_student = (h[rows] for h in adapter_input_and_output(self.student, batch.tokens, cut))
+            target, h_teacher = adapter_input_and_output(self.teacher, batch.tokens, rows, cut)
+        entered, h_student = adapter_input_and_output(self.student, batch.tokens, rows, cut)
         l2 = (weights * (entered.float() - target.float()).square().sum(-1)).sum()
         if self.cfg.align_norm == "rms":
             l2 = l2 / (weights * target.float().square().sum(-1)).sum()
@@ -354,7 +377,7 @@ class Client:
         optimizer = torch.optim.AdamW(self.tuned.values(), lr=cfg.lr, betas=(0.9, 0.95))
         for batch in examples.batches(cfg.local_steps, cfg.batch_size, (cfg.seed, t, m)):
             batch = batch.to(self.lm.output.weight.device)
-            h = self.lm.hidden(batch.tokens).flatten(0, 1)[batch.rows]  # (N, D): answer's tokens only
+            h = self.lm.hidden(batch.tokens, rows=batch.rows)           # (N, D): answer's tokens only
             loss = linear_cross_entropy(h, self.lm.output.weight, batch.targets, batch.weights)     # Eq. 6
             losses.append(loss.detach())
             if cfg.prox:
