@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import baselines
 from data import CLIENTS, MAX_LEN, make_public, make_shards
-from eval import BUNDLED_CKPT, BUNDLED_DATA, TASKS, Parser, evaluate, main_guard, pick_device, pick_dtype
+from eval import BUNDLED_CKPT, BUNDLED_DATA, TASKS, Parser, evaluate, gsm8k_shots, main_guard, pick_device, pick_dtype
 from fedbiot import Config, Payload, Wire, federate, misfit, option, payload_bytes
 from lora import start_from
 from model import ModelConfig, UserError, load, load_tokenizer, read_saved
@@ -86,6 +86,16 @@ class RunConfig(Config):
     proxy_steps: int = option(10, "FedPT: distillation steps after a round")
 
 
+def share(text: str) -> Fraction:
+    """What was typed, exactly: 0.2 is 1/5."""
+    try:
+        value = Fraction(text)
+        float(value)
+    except (ZeroDivisionError, OverflowError):
+        raise ValueError(text) from None                    # argparse makes one line of it
+    return value
+
+
 def make_parser() -> Parser:
     """One flag a field of RunConfig; a flag that was not given is absent, so presets can tell."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -97,7 +107,7 @@ def make_parser() -> Parser:
         if isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
-            kind = {"dropout": Fraction}.get(f.name) or next(k for k in (int, float, str) if k.__name__ in str(f.type))
+            kind = {"dropout": share}.get(f.name) or next(k for k in (int, float, str) if k.__name__ in str(f.type))
             parser.add_argument(flag, type=kind, help=text, choices=f.metadata.get("choices"),
                                 metavar=None if "choices" in f.metadata else f.name.upper())
     parser.add_argument("--resume", action="store_true", default=False, help="go on from the last finished round of --out")
@@ -152,6 +162,8 @@ def check(cfg: RunConfig):
         raise UserError("--tensorboard: not installed; pip install tensorboard, or leave it: log.csv has the same numbers")
     if cfg.clients_per_round > cfg.clients:
         raise UserError(f"--clients-per-round {cfg.clients_per_round}: there are {cfg.clients} clients")
+    if cfg.task == "gsm8k":
+        gsm8k_shots(cfg.shots)                              # refused now, not after the last round
     if cfg.validate and cfg.task != "gsm8k":
         raise UserError(f"--validate {cfg.validate}: only gsm8k trains and tests on rows of one kind; leave it out")
     if cfg.method == "offsite" and cfg.clients != 1:
