@@ -494,10 +494,9 @@ def test_what_is_not_a_plain_llama_is_refused_by_name():
 
 def test_layer_extract_gives_the_layers_of_table_5():
     # kills: beta for 1 - beta; n - s for n - s - 1; round for floor; adapter first
-    odd = list(range(1, 28, 2))
+    odd = list(range(1, 26, 2))
     for s, beta, dropped in ((2, "0.2", [4, 9, 14, 19, 24, 28]), (4, "0.2", [4, 8, 13, 17, 22, 26]),
-                             (2, "0.5", [i for i in range(29) if i not in range(0, 27, 2)] and odd + [28]),
-                             (4, "0.5", odd[:-1] + [25, 26] if 25 not in odd[:-1] else odd[:-1] + [26])):
+                             (2, "0.5", odd + [27, 28]), (4, "0.5", odd + [26])):
         kept, adapter = fedbiot.layer_extract(32, s, Fraction(beta))
         assert adapter == list(range(32 - s, 32)) and sorted(set(range(32 - s)) - set(kept)) == dropped, (s, beta, kept)
 
@@ -1016,7 +1015,9 @@ def toy_shard(start=0, stop=40):
 
 def toy_server(trained=True, dtype=torch.float32, **changes) -> fedbiot.Server:
     server = fedbiot.Server(tiny_lm().to(dtype), toy_shard(), config(**changes))
-    return server if not trained or not noisy_lora(server.student, std=0.05) else server
+    if trained:
+        noisy_lora(server.student, std=0.05)
+    return server
 
 
 def pair(**changes):
@@ -1396,6 +1397,7 @@ def test_bad_input_ends_in_one_line_and_status_2():
             status, _, err = cli(*flags, *out, *argv)
             assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, (argv, status, err)
             assert all(word in err for word in words), (argv, err)
+            assert not (path / f"run{i}" / "state.pt").exists(), f"{argv}: refused only after a round"
         assert (path / "file").read_text() == "mine" and not list((path / "taken").iterdir())
 
 
