@@ -444,12 +444,15 @@ class Processes:
                     results[busy.pop(rank)[0]] = self.collect(rank, answer, expected)
                     bar.update()
                 if rank not in busy and queues[rank]:
-                    busy[rank] = queues[rank].pop(0), time.monotonic()
-                    self.order(rank, t, busy[rank][0], payload)
+                    m = queues[rank].pop(0)
+                    self.post(f"to {rank}", [t, m, header_of(payload)])
+                    self.send(payload, rank)
+                    self.down.append(payload_bytes(payload))
+                    busy[rank] = m, time.monotonic()
             for rank in [r for r, (_, since) in busy.items() if 0 < self.cfg.client_timeout < time.monotonic() - since]:
                 del busy[rank]
-                rest = queues.pop(rank)
                 self.late.add(rank)
+                rest = queues.pop(rank)
                 if queues:                                              # others take over what it had not begun
                     min(queues.values(), key=len).extend(rest)
             time.sleep(0.01)
@@ -459,11 +462,6 @@ class Processes:
                 print(f"round {t + 1}, client {m}: left out, no upload within --client-timeout "
                       f"{self.cfg.client_timeout:g} s", file=sys.stderr)
         return {m: results[m] for m in chosen if m in results}
-
-    def order(self, rank: int, t: int, m: int, payload: Payload):
-        self.post(f"to {rank}", [t, m, header_of(payload)])
-        self.send(payload, rank)
-        self.down.append(payload_bytes(payload))
 
     def collect(self, rank: int, answer, expected: Payload) -> tuple[Payload, dict]:
         """An upload, asked for only if its header fits: else what it claims, which `accepted` will reject."""
