@@ -7,6 +7,7 @@ independent: a slow form, an invariant, arithmetic by hand. No network, no GPU, 
 """
 import contextlib
 import csv
+import gzip
 import io
 import json
 import math
@@ -19,6 +20,7 @@ import tempfile
 import time
 import traceback
 import unittest
+import zipfile
 from collections import Counter
 from decimal import Decimal
 from fractions import Fraction
@@ -36,6 +38,7 @@ import fedbiot
 import lora
 import model
 import train
+from baselines import fedavg, fedkseed, fedpt, fedtt, offsite
 from model import LM, ModelConfig, UserError
 
 HERE = Path(__file__).resolve().parent
@@ -1000,6 +1003,234 @@ def test_scoring_a_model_prompts_like_training_and_counts_by_hand():
         assert evaluation.evaluate(lm, t, "gsm8k", opts)["total"] == 5
 
 
+# ---- question answering -------------------------------------------------------------------------
+
+def helm_folder(path: Path, only="") -> Path:
+    """All eight scenarios in their official formats, a few rows each, written out by hand."""
+    def lines(rows):
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    mmlu = ["1+1?,1,2,3,4,B", '"Which, of these?","a, b",c,d,e,A', "2+2?,1,2,3,4,D"]
+    story = {"context.tokens": "Ann did n't go ( yet ) .", "question.tokens": "Who did n't go ?",
+             "ground_truths": ["Ann .", "ann 's"]}
+    turns = [{"question": f"Q{i}?", "orig_answer": {"text": t}, "answers": [{"text": t}, {"text": "x"}]}
+             for i, t in enumerate(["one", "CANNOTANSWER", "three"])]
+    quac = {"data": [{"title": "T", "section_title": "S", "background": "",
+                      "paragraphs": [{"context": "It is so. CANNOTANSWER", "qas": turns}]}]}
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("test.json", json.dumps([story] * 3))
+    table = "ID\tQuestion Stem\tChoices\tComplete Question\tAnswer Key\n" + "".join(
+        f'1-{i}\t"Cows" eat what\t(A) grass (B) red meat (C) tin (D) air\t-\t{letter}\n' for i, letter in enumerate("AB"))
+    opened = {"question": "who", "answers": ["Ann"], "ctxs": [{"title": "t", "text": "Ann did."}]}
+    golf = {"activity_label": "Golf", "ctx_a": "He swings.", "ctx_b": "then he",
+            "endings": ["runs.", "eats it all.", "sits", "stands up"]}
+    files = {"mmlu/test/hard_logic_test.csv": "\n".join(mmlu).encode(), "mmlu/test/zoo_test.csv": b"3+3?,6,7,8,9,A\n",
+             "mmlu/dev/hard_logic_dev.csv": "".join(f"{i}?,1,2,3,4,C\n" for i in range(7)).encode(),
+             "boolq/val.jsonl": lines({"question": f"is it {i}", "passage": f"P{i}", "label": label}
+                                      for i, label in enumerate([True, "false", "true", False] * 3)),
+             "narrativeqa/test.json.zip": zipped.getvalue(),
+             "nq_open/NQ-open.dev.jsonl": lines([{"question": "who", "answer": ["Ann", "Bob"]}] * 2),
+             "nq_open/nq-open-oracle.jsonl.gz": gzip.compress(lines([opened] * 2)),
+             "quac/quac_sample.json": json.dumps(quac).encode(), "quac/train_v0.2.json": b"not read",
+             "hellaswag/hellaswag_val.jsonl": lines(golf | {"label": n} for n in (2, 0, "1")),
+             "openbookqa/test.tsv": table.encode()}
+    for name, content in files.items():
+        if name.startswith(only):
+            (path / "helm_qa" / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / "helm_qa" / name).write_bytes(content)
+    return path
+
+
+def qa_opts(path, **changes):
+    return SimpleNamespace(**{"data_dir": path, "limit": 0, "shots": 0, "batch_size": 64, "max_new_tokens": 2,
+                              "validate": 0} | changes)
+
+
+def quiet(call, *args):
+    with contextlib.redirect_stderr(io.StringIO()):
+        return call(*args)
+
+
+def test_answers_are_normalised_as_helm_does():
+    # kills: articles removed before punctuation; articles inside words; spaces left double; case kept
+    for text, expected in (("  The  Cat's,\tA\nhat! ", "cats hat"), ("the-end", "theend"), ("A.", ""),
+                           ("Theatre an", "theatre"), ("$5.00", "500"), ("naïve", "naïve")):
+        assert evaluation.normalised(text) == expected, (text, evaluation.normalised(text))
+
+
+def test_metrics_equal_arithmetic_by_hand():
+    # kills: exact match that normalises; F1 over multisets, or recall alone; the first reference instead of the best
+    for metric, gold, text, expected in (
+            ("exact match", " B", "B ", 1), ("exact match", "B", "b", 0), ("exact match", "B", "B.", 0),
+            ("quasi-exact match", "Yes", " yes.", 1), ("quasi-exact match", "Yes", "yes it is", 0),
+            ("F1", "red red fish", "the red bird sings", Fraction(2, 5)),    # {red fish}, {red bird sings}: P 1/3, R 1/2
+            ("F1", "a b c d", "b", Fraction(1, 2)),                          # {b c d}, {b}: P 1, R 1/3
+            ("F1", "x", "y", 0), ("F1", "the", "", 0)):
+        assert math.isclose(evaluation.agreement(metric, gold, text), expected), (metric, gold, text)
+    question = evaluation.Question("?", "", ["no", "a dog", "big dog"])
+    found = evaluation.scored("quac", [question] * 3, ["\n Dog\nbecause", "", "a big, big fish"])
+    assert found == {"metric": "F1", "score": (1 + 0 + 0.5) / 3, "total": 3}, found
+
+
+def test_official_files_become_helms_questions():
+    # kills: labels swapped; the header scored; the training file read; an answer in its own passage
+    with folder() as path:
+        found = evaluation.read_scenarios(helm_folder(path))
+        assert {name: len(q) for name, q in found.items()} == {
+            "mmlu": 4, "boolq": 12, "narrativeqa": 3, "naturalquestions_closed": 2, "naturalquestions_open": 2,
+            "quac": 3, "hellaswag": 3, "openbookqa": 2}
+        Q = evaluation.Question
+        assert found["mmlu"][1] == Q("Which, of these?\nA. a, b\nB. c\nC. d\nD. e", "", ["A"], (), "hard logic")
+        assert [q.answers for q in found["boolq"][:4]] == [["Yes"], ["No"], ["Yes"], ["No"]]
+        assert found["boolq"][1][:2] == ("is it 1?", "P1")
+        assert found["narrativeqa"][0] == Q("Who didn't go?", "Ann didn't go (yet).", ["Ann.", "ann's"])
+        assert found["naturalquestions_closed"][0] == Q("who?", "", ["Ann", "Bob"])
+        assert found["naturalquestions_open"][0] == Q("who?", "Ann did.", ["Ann"])
+        assert found["quac"][1] == Q("Q1?", "Title: T\nSection: S\nIt is so.\nQuestion: Q0?\nAnswer: one",
+                                     ["Not enough information", "x"])
+        assert found["quac"][2].passage.endswith("\nQuestion: Q1?\nAnswer: Not enough information")
+        assert found["hellaswag"][2][:3] == ("Golf: He swings. Then he", "", ["eats it all.", "B"])
+        assert found["openbookqa"][1] == Q('"Cows" eat what', "", ["red meat", "B"],
+                                           ("grass", "red meat", "tin", "air"))
+
+
+def test_log_likelihoods_match_one_sequence_at_a_time():
+    # kills: padding counted; rows off by one; results left in order of length; the mean instead of the sum
+    lm, g = tiny_lm(), torch.Generator().manual_seed(1)
+    examples = [data.Example(torch.randint(3, 97, (a + b,), generator=g).tolist(), a)
+                for a, b in ((5, 3), (1, 9), (12, 1), (7, 7), (2, 2), (30, 4), (4, 1))]
+    expected = []
+    for ids, start in examples:
+        logp = slow_logits(lm, ids[:-1]).log_softmax(-1)
+        expected.append(sum(logp[t - 1, ids[t]].item() for t in range(start, len(ids))))
+    for batch_size in (1, 3, 64):
+        assert off(evaluation.log_likelihoods(lm, examples, batch_size, "x"), torch.tensor(expected)) < 1e-4
+
+
+def test_options_are_chosen_per_token_or_calibrated():
+    # kills: no division by the length; no calibration; one scenario's way used for the other; the least likely chosen
+    lm, t = tiny_lm(vocab_size=1024), tokenizer()
+    words = "red blue cold winter morning seven dogs run over the small green hill again".split()
+    options = [tuple(" ".join(words[i:i + n]) for n in (1, 2, 5, 3)) for i in range(9)]
+    questions = [evaluation.Question(f"What is {a} {b}?", "", ["x"], o) for a, b, o in zip(words, words[5:], options)]
+
+    def logp(prompt, option):
+        ids = [t.bos] + t.encode(prompt)
+        answer = t.encode(option)
+        rows = lm(torch.tensor([ids + answer]))[0].log_softmax(-1)[len(ids) - 1:-1]
+        return rows.gather(1, torch.tensor(answer)[:, None]).sum().item(), len(answer)
+    ways = {"hellaswag": lambda q, o: logp(q, o)[0] / logp(q, o)[1], "neither": lambda q, o: logp(q, o)[0],
+            "openbookqa": lambda q, o: logp(q, o)[0] - logp("Answer:", o)[0]}
+    best = {way: [max(q.options, key=lambda o: score(q.ask, o)) for q in questions] for way, score in ways.items()}
+    assert best["hellaswag"] != best["neither"] != best["openbookqa"] != best["hellaswag"], "a case that tells them apart"
+    for name in ("hellaswag", "openbookqa"):
+        found = evaluation.choose_options(lm, t, name, questions, qa_opts("", shots=5, batch_size=7), "x")
+        assert found == best[name], name
+
+
+def test_prompts_are_the_template_or_helms():
+    # kills: a sixth example; the test file's rows as MMLU's examples; examples beyond the window; the scored row shown
+    t = tokenizer()
+    with folder() as path:
+        found = evaluation.read_scenarios(helm_folder(path))
+
+        def prompt(name, i, shots, room=10):
+            opts = qa_opts(path, shots=shots)
+            q, shown = found[name][i], evaluation.worked_examples(name, found[name], opts)
+            ids = evaluation.question_ids(q, shown[q.subject], opts, room, t)
+            assert ids[0] == t.bos and t.bos not in ids[1:]
+            return t.decode(ids[1:])
+        assert prompt("boolq", 1, 0) == data.prompt_of("is it 1?", "P1")
+        assert prompt("openbookqa", 1, 0) == data.prompt_of('"Cows" eat what')
+        assert prompt("openbookqa", 1, 8) == '"Cows" eat what'
+        block = "Question: {}?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+        head = "The following are multiple choice questions (with answers) about hard logic.\n\n"
+        two = "".join(block.format(i) + " C\n\n" for i in range(2))
+        assert prompt("mmlu", 2, 2) == head + two + block.format("2+2")
+        assert prompt("mmlu", 2, 8).count("Answer: C\n") == 5
+        assert prompt("mmlu", 3, 8).count("Question") == 1, "no dev file for zoo"
+        full = prompt("boolq", 1, 8)
+        assert full.startswith("Passage: P0\nQuestion: is it 0?\nAnswer: Yes\n\nPassage: P2\n") and full.count("Passage") == 6
+        assert full.endswith("\n\nPassage: P1\nQuestion: is it 1?\nAnswer:")
+        with patch.object(evaluation, "WINDOW", len(t.encode(full))):           # without BOS: one too few
+            assert prompt("boolq", 1, 8, 0).count("Passage") == 5
+        with patch.object(evaluation, "WINDOW", 3):
+            assert prompt("boolq", 1, 8).count("Passage") == 1, "the question itself is never cut"
+
+
+def test_generation_ends_behind_a_stop_piece():
+    # kills: stop ignored; a finished row written on; stop taken for EOS when it is None
+    lm, prompts = tiny_lm(), [random_tokens(n, seed=n).tolist() for n in (3, 9, 5, 7, 2)]
+    free = model.generate(lm, prompts, 12, 1)
+    stop = Counter(sum(free, [])).most_common(1)[0][0]
+    cut = [ids[:ids.index(stop) + 1] if stop in ids else ids for ids in free]
+    assert model.generate(lm, prompts, 12, 1, 3, stop=stop) == cut != free
+
+
+def test_scenarios_are_scored_and_averaged():
+    # kills: questions pooled, not scenarios averaged; a missing scenario as 0; examples scored; the first rows as --limit
+    lm, t = tiny_lm(vocab_size=1024), tokenizer()
+    with folder() as path, folder() as part, folder() as none:
+        helm_folder(path)
+        for shots, limit, totals in ((0, 0, [4, 12, 3, 2, 2, 3, 3, 2]), (8, 0, [4, 7, 2, 1, 1, 2, 3, 2]), (0, 2, [2] * 8)):
+            found = quiet(evaluation.evaluate, lm, t, "dolly", qa_opts(path, shots=shots, limit=limit))
+            scores = [s["score"] for s in found["scenarios"].values()]
+            assert [s["total"] for s in found["scenarios"].values()] == totals and found["total"] == sum(totals)
+            assert math.isclose(found["accuracy"], sum(scores) / 8)
+            assert math.isclose(found["correct"], sum(n * s for n, s in zip(totals, scores)), abs_tol=1e-3)
+        assert evaluation.spread(list(range(10)), 3) == [0, 3, 6]
+        found = quiet(evaluation.evaluate, lm, t, "dolly", qa_opts(helm_folder(part, "boolq"), limit=3))
+        assert found["scenarios"]["mmlu"] == {"metric": "exact match", "score": None, "total": 0} and found["total"] == 3
+        assert found["accuracy"] == found["scenarios"]["boolq"]["score"]
+        refused(lambda: evaluation.evaluate(lm, t, "dolly", qa_opts(none)), none / "helm_qa", "boolq/val.jsonl")
+
+
+def test_predictions_of_all_scenarios_are_scored_by_their_indices():
+    # kills: the row's number used as index; an index beyond the file; one given twice; an option's letter refused
+    with folder() as path:
+        helm_folder(path)
+
+        def score(*rows):
+            objects = [dict(zip(("scenario", "index", "text"), row)) for row in rows]
+            (path / "p.jsonl").write_text("".join(json.dumps(o) + "\n" for o in objects))
+            return quiet(evaluation.score_dolly_predictions, path / "p.jsonl", path)
+        found = score(("mmlu", 2, "D"), ("mmlu", 1, "B"), ("hellaswag", 2, "B"), ("quac", 0, "one two three"),
+                      ("openbookqa", 1, "red meat"))
+        assert {n: s["score"] for n, s in found["scenarios"].items() if s["total"]} == {
+            "mmlu": 0.5, "hellaswag": 1.0, "quac": 0.5, "openbookqa": 1.0}              # quac: P 1/3, R 1
+        assert found["accuracy"] == 0.75 and found["correct"] == 3.5 and found["total"] == 5
+        for row in (("mmlu", 4, "A"), ("mmlu", -1, "A"), ("mmlu", True, "A"), ("mmlu", "0", "A"), ("trivia", 0, "A"),
+                    ("mmlu", 0, 7), ("mmlu", 0)):
+            refused(lambda: score(("boolq", 0, "Yes"), row), path / "p.jsonl", "row 2")
+        refused(lambda: score(("boolq", 0, "Yes"), ("boolq", 0, "No")), "row 2", "once")
+        argv = ("--task", "dolly", "--predictions", path / "p.jsonl", "--data-dir", path)
+        assert cli(*argv, main=evaluation.main)[0] == 2
+        score(("boolq", 0, "Yes"))
+        status, out, err = cli(*argv, main=evaluation.main)
+        assert status == 0 and out.count("not run") == 7 and re.search(r"boolq +quasi-exact match +100.00% +1\n", out), out
+
+
+def test_damaged_scenario_files_are_refused_by_name():
+    # kills: an unreadable archive as a traceback; one unpacked without bound; a row of another format scored
+    with folder() as path:
+        helm_folder(path)
+        root = path / "helm_qa"
+        with patch.object(data, "LARGEST", 50):
+            refused(lambda: data.read_rows(root / "narrativeqa/test.json.zip"), "test.json.zip", "unpacked")
+        ending = {"activity_label": "a", "ctx_a": "", "ctx_b": "", "label": -1, "endings": ["a", "b", "c", "d"]}
+        for name, content, *words in (
+                ("narrativeqa/test.json.zip", b"PK\x03\x04 junk"), ("nq_open/nq-open-oracle.jsonl.gz", b"\x1f\x8b\x08junk"),
+                ("mmlu/test/zoo_test.csv", b"1?,1,2,3,4,A\n2?,1,2,3,4,E\n", "row 2"),
+                ("mmlu/test/zoo_test.csv", b"1?,1,2,A\n", "row 1"), ("boolq/val.jsonl", b'{"question": "q"}', "row 1"),
+                ("openbookqa/test.tsv", b"ID\n1\tq\t(A) a (B) b\t-\tA\n", "row 2"),
+                ("hellaswag/hellaswag_val.jsonl", json.dumps(ending).encode(), "row 1"),
+                ("quac/quac_sample.json", b'{"data": 3}', "array"), ("quac/quac_sample.json", b"{", "malformed")):
+            good = (root / name).read_bytes()
+            (root / name).write_bytes(content)
+            refused(lambda: evaluation.read_scenarios(path), root / name, *words)
+            (root / name).write_bytes(good)
+
+
 # ---- FedBiOT ------------------------------------------------------------------------------------
 
 def config(**changes) -> fedbiot.Config:
@@ -1293,6 +1524,356 @@ def test_a_loss_that_is_not_finite_is_explained():
     refused(lambda: server.broadcast(1), "nan", "--server-lr")
 
 
+# ---- the other methods --------------------------------------------------------------------------
+
+def method_config(method: str, **changes) -> train.RunConfig:
+    small = {"dropout": Fraction(1, 2), "adapter": 1, "rounds": 2, "local_steps": 3, "batch_size": 4, "align_init": 3,
+             "align_steps": 2, "lr": 1e-2, "server_lr": 1e-2, "rank": 4, "clients": 2, "max_len": 64, "shots": 0}
+    return train.RunConfig(method=method, ckpt="none", **{**small, **changes})
+
+
+def method_run(method: str, full: LM | None = None, rounds=2, first_round=0, state=None, shards=None, **changes):
+    """(server, client, records) of a method's rounds in this process, from the start or from a state."""
+    cfg, module = method_config(method, rounds=rounds, **changes), train.baselines.module_of(method)
+    server = module.Server(full or tiny_lm(), toy_shard(30, 40), cfg)
+    if state:
+        server.load_state_dict(state)
+    client = module.Client(server.bootstrap(), cfg)
+    shards = shards or [toy_shard(0, 16), toy_shard(16, 30)]
+    return server, client, run_rounds(server, client, shards, first_round=first_round)
+
+
+def sizes(tensors) -> int:
+    return sum(4 * t.numel() for t in tensors.values())
+
+
+def test_fedot_keeps_both_ends_and_its_adapter_only_travels():
+    # kills: first layers left out; the emulator not shifted; emulator's LoRA sent every round; not aligned; a dropped layer sent
+    emulator, adapter = offsite.split(32, method_config("fedot", adapter=2, dropout=Fraction("0.2")))
+    assert adapter == [0, 1, 30, 31] and len(emulator) == 22 and (emulator[0], emulator[-1]) == (2, 29)
+    assert len(offsite.split(32, method_config("fedot", adapter=2, dropout=Fraction("0.5")))[0]) == 14
+    refused(lambda: offsite.split(4, method_config("fedot", adapter=2)), "--adapter 2", "1..1")
+    server, client, records = method_run("fedot")
+    assert list(client.lm.layers) == ["0", "1", "4"] and {n.split(".")[1] for n in server.broadcast(2)} == {"0", "4"}
+    assert records[0]["bytes_down"] == records[1]["bytes_up"] == sizes(server.tuned)
+    assert all(p.abs().max() > 0 for n, p in server.emulated.items() if n.endswith("lora_B"))
+    assert same(copied(server.emulated), {n: client.lm.get_parameter(n).detach() for n in server.emulated})
+    again = offsite.Server(tiny_lm(), toy_shard(30, 40), server.cfg)
+    again.load_state_dict({"learnt": server.state_dict()["learnt"]})
+    given = again.bootstrap()                                           # resumed: nothing is aligned anew
+    assert same(copied(server.emulated), {n: given[n] for n in server.emulated})
+
+
+def test_fedot_aligns_before_it_tunes_and_never_pulls_back():
+    # kills: an alignment between rounds; prox left on
+    a, b = (method_run("fedot", prox=prox)[0] for prox in (0.0, 1e3))
+    assert same(copied(a.tuned), copied(b.tuned))
+    start = offsite.Server(tiny_lm(), toy_shard(30, 40), a.cfg)
+    given = start.bootstrap()
+    assert same(copied(a.emulated), {n: given[n] for n in a.emulated})
+    assert all(not torch.equal(p, start.tuned[n]) for n, p in a.tuned.items())
+
+
+def test_fedavg_tunes_every_layer_and_averages_by_size():
+    # kills: layers left out; an unweighted average; prox left on; the base model trained
+    full, shards = tiny_lm(), [toy_shard(0, 24), toy_shard(24, 32)]
+    before = copied(full.state_dict())
+    server, client, _ = method_run("fedavg", full, 1, shards=shards, prox=1e3)
+    fresh = fedavg.Server(full, None, server.cfg)
+    assert len(server.tuned) == 5 * 2 * 2
+    ups = [client.update(0, fresh.broadcast(0), s, m)[0] for m, s in enumerate(shards)]
+    assert all(off(p, (24 * ups[0][n] + 8 * ups[1][n]) / 32) < 1e-6 for n, p in server.tuned.items())
+    assert all(not torch.equal(p, fresh.tuned[n]) for n, p in server.tuned.items() if n.endswith("B"))
+    assert same(before, full.state_dict()) and same(copied(method_run("fedavg", full, 1, shards=shards)[0].tuned), copied(server.tuned))
+
+
+def test_fedkseed_replay_equals_the_walked_weights():
+    # kills: sign of g; perturbation left in; eta left out; lambda not normalised; other noise in the replay
+    for method, clients in (("fedkseed", 1), ("fedkseed", 2), ("fedkseed-pro", 2)):
+        full, shards = tiny_lm(), [toy_shard(0, 10), toy_shard(10, 30)][:clients]
+        cfg = method_config(method, local_steps=12, lr=1e-4, kseed_candidates=8)
+        server = fedkseed.Server(full, None, cfg)
+        walked, ups = [], []
+        for m, shard in enumerate(shards):
+            client = fedkseed.Client(server.bootstrap(), cfg)
+            ups.append(client.update(0, server.broadcast(0), shard, m)[0])
+            walked.append([p.double() for p in client.lm.parameters()])
+        server.aggregate(0, ups, [float(len(s)) for s in shards])
+        w0, total = [p.double() for p in full.parameters()], sum(map(len, shards))
+        update = [sum(len(s) / total * (w[i] - p) for w, s in zip(walked, shards)) for i, p in enumerate(w0)]
+        replayed = [p.double() - q for p, q in zip(server.models()["full"].parameters(), w0)]
+        assert off(replayed, update) < 1e-4, (method, clients, off(replayed, update))
+
+
+def test_fedkseed_step_is_the_two_point_estimate():
+    # kills: eps for 2 eps; two batches; noise of another seed
+    full, shard, cfg = tiny_lm(), toy_shard(), method_config("fedkseed", local_steps=1, kseed_eps=1e-3)
+    server = fedkseed.Server(full, None, cfg)
+    up, _ = fedkseed.Client(server.bootstrap(), cfg).update(0, server.broadcast(0), shard, 0)
+    batch = next(shard.batches(1, cfg.batch_size, (cfg.seed, 0, 0)))
+    g = torch.Generator().manual_seed(fedkseed.candidates(server.state["seed"].item(), 4096)[up["j"].item()])
+    z = {n: torch.randn(p.shape, generator=g).double() for n, p in full.named_parameters()}
+    losses = []
+    for sign in (1, -1):
+        lm = tiny_lm().double()
+        lm.load_state_dict({n: p.double() + sign * 1e-3 * z[n] for n, p in full.named_parameters()})
+        losses.append(true_ce(lm.hidden(batch.tokens).flatten(0, 1)[batch.rows], lm.output.weight, batch.targets, batch.weights))
+    assert abs(up["g"].item() / ((losses[0] - losses[1]) / 2e-3).item() - 1) < 1e-2
+
+
+def test_fedkseed_sends_17988_bytes_a_round_and_pro_9796_whatever_the_model():
+    # kills: int64 indices; p for plain FedKSeed; no master seed
+    for method, expected in (("fedkseed", 17_988), ("fedkseed-pro", 9_796)):
+        cfg = method_config(method, local_steps=200)
+        for changes in ({}, {"n_layers": 2, "dim": 24}):
+            server = fedkseed.Server(tiny_lm(**changes), None, cfg)
+            up = server.expected(0)
+            assert fedbiot.payload_bytes(server.broadcast(0)) + fedbiot.payload_bytes(up) == expected
+        cfg = method_config(method, local_steps=2, batch_size=1)
+        server = fedkseed.Server(tiny_lm(), None, cfg)
+        up = fedkseed.Client(server.bootstrap(), cfg).update(0, server.broadcast(0), toy_shard(), 0)[0]
+        assert not fedbiot.misfit(up, server.expected(0)) and fedbiot.payload_bytes(up) == 2 * 8
+
+
+KSEED_ELSEWHERE = """
+import re, sys, torch
+from types import SimpleNamespace
+from baselines.fedkseed import Client, Server, candidates, step_along
+from data import Example, Shard
+from model import LM, ModelConfig
+torch.set_num_threads(1)
+w, before = [torch.zeros(5, 3), torch.zeros(40)], torch.get_rng_state()
+for seed in candidates(7, 3):
+    step_along(w, seed, 1.0)
+assert torch.equal(before, torch.get_rng_state()), "the global generator moved"
+print([x.hex() for p in w for x in p.flatten().tolist()])
+cfg = SimpleNamespace(method="fedkseed", kseed_candidates=0, kseed_eps=1e-3, seed=0, local_steps=1, batch_size=1, lr=1e-4)
+server = Server(LM.empty(ModelConfig(256, 24, 4, 4, 512, 768)).requires_grad_(False), None, cfg)
+client = Client(server.bootstrap(), cfg)
+data = Shard([Example([1] + [5] * 50, 4)], [0])
+batch = next(data.batches(1, 1, (0,)))
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+def peak(call):
+    open("/proc/self/clear_refs", "w").write("5")                       # forgets the peak so far
+    start = status("VmRSS")
+    call()
+    return status("VmHWM") - start
+infer, step = lambda: torch.no_grad()(client.loss)(batch), lambda: client.update(0, server.broadcast(0), data, 0)
+infer()
+step()
+weights = sum(4 * p.numel() for p in client.w)
+print((weights + peak(step)) / (weights + peak(infer)))
+"""
+
+
+def test_fedkseed_noise_is_the_same_elsewhere_and_a_step_needs_an_inferences_memory():
+    # kills: the global generator; one generator for all draws; seeds from hash(); z kept; weights cloned in a step
+    if not Path("/proc/self/clear_refs").exists():
+        raise Skip("Linux only: /proc/self/clear_refs")
+    weights, seeds = [torch.zeros(5, 3), torch.zeros(40)], fedkseed.candidates(7, 3)
+    for seed in seeds:
+        fedkseed.step_along(weights, seed, 1.0)
+    there = subprocess.run([sys.executable, "-c", KSEED_ELSEWHERE], capture_output=True, text=True, check=True, cwd=HERE,
+                           env=os.environ | {"PYTHONHASHSEED": "11"}).stdout.splitlines()
+    assert there[0] == str([x.hex() for p in weights for x in p.flatten().tolist()])
+    assert float(there[1]) < 1.1, f"a step needs {there[1]} of an inference's memory"
+    one = [torch.zeros(5, 3)]
+    fedkseed.step_along(one, seeds[0], 1.0)
+    assert torch.equal(one[0], torch.randn(5, 3, generator=torch.Generator().manual_seed(seeds[0])))
+    many = fedkseed.candidates(7, 4096)
+    assert len(set(many)) == 4096 and 0 <= min(many) and max(many) < 2**31
+
+
+def test_fedkseed_latecomer_needs_only_w0_and_the_accumulator():
+    # kills: a client that goes on from where it stands; the round's start walked along
+    server, client, _ = method_run("fedkseed", rounds=10, local_steps=1, kseed_candidates=8, lr=1e-4)
+    late = fedkseed.Client(server.bootstrap(), server.cfg)
+    for m in (0, 1):
+        assert same(*(c.update(10, server.broadcast(10), toy_shard(), m)[0] for c in (client, late)))
+
+
+def test_fedkseed_leaves_the_servers_weights_and_a_nan_step_moves_nothing():
+    # kills: walking the shared tensors; a NaN applied, or sent
+    full, cfg = tiny_lm(), method_config("fedkseed", local_steps=4, lr=1e-4)
+    before, server = copied(full.state_dict()), fedkseed.Server(full, None, cfg)
+    client = fedkseed.Client(server.bootstrap(), cfg)
+    losses = iter([1.0, math.nan, 2.0, 1.5] + [math.inf] * 4)
+    with patch.object(client, "loss", lambda batch: next(losses)), contextlib.redirect_stderr(io.StringIO()) as err:
+        up, metrics = client.update(0, server.broadcast(0), toy_shard(), 0)
+    assert (up["g"] != 0).tolist() == [False, True, False, False] and metrics["loss"] == 1.75 and "3 of 4" in err.getvalue()
+    server.aggregate(0, [up], [1.0])
+    assert off([p for p in client.w], list(server.models()["full"].parameters())) < 1e-6
+    assert same(before, full.state_dict())
+
+
+def test_fedkseed_pro_draws_larger_gradients_more_often():
+    # kills: no clip; min-max left out; a history without its first zero
+    server = fedkseed.Server(tiny_lm(), None, method_config("fedkseed-pro", kseed_candidates=4))
+    assert torch.allclose(server.broadcast(0)["p"], torch.full((4,), .25))
+    server.aggregate(0, [{"j": torch.tensor([0, 0, 1]).int(), "g": torch.tensor([3., -6., 5000.])}], [2.0])
+    p = server.broadcast(1)["p"]
+    assert off(p, torch.softmax(torch.tensor([9 / 3, 1000 / 2, 0, 0]) / 500, 0)) < 1e-6 and p.max() / p.min() < math.e + 1e-5
+    assert server.state["a"].tolist() == [-3, 5000, 0, 0]
+
+
+def tt_matrix(cores, d_in, d_out):
+    """By the definition, core after core, in the dtype of the cores."""
+    W = torch.ones(1, 1, dtype=torch.float64)
+    for core in cores:
+        W = torch.einsum("ap,pkq->akq", W, core.double()).flatten(0, 1)
+    return W.reshape(d_in, d_out)
+
+
+def test_tensor_train_of_4096_by_64_has_1100_parameters_and_is_its_contraction():
+    # kills: rank at the ends; unbalanced factors; in and out swapped; a transposed core
+    shapes = fedtt.core_shapes(4096, 64, 5)
+    assert [k for _, k, _ in shapes] == [16, 16, 16, 4, 4, 4] and sum(map(math.prod, shapes)) == 1100
+    assert [k for _, k, _ in fedtt.core_shapes(64, 4096, 5)] == [4, 4, 4, 16, 16, 16]
+    assert [fedtt.factors(d) for d in (1000, 128, 7, 96)] == [[10, 10, 10], [4, 4, 8], [1, 1, 7], [4, 4, 6]]
+    layer, x = fedtt.TTLinear(24, 12, 3, False, fedbiot.generator(1), "cpu").double(), random(5, 24).double()
+    factors = fedtt.factors(24)
+    y = torch.einsum("nxyz,pxq,qyr,rzs,sit,tju,ukv->nijk", x.view(5, *factors), *layer.cores).reshape(5, 12)
+    assert off(layer(x), y) < 1e-12 and off(layer.matrix(), tt_matrix(layer.cores, 24, 12)) < 1e-12
+
+
+def test_fedtt_is_the_identity_at_the_start_bit_for_bit_and_learns_all_cores():
+    # kills: `up` not zero; an adapter around the stream; adapters in bf16; adapters skipped where rows are asked for
+    for dtype in (torch.float32, torch.bfloat16):
+        full = tiny_lm().to(dtype)
+        tuned = fedtt.Server(full, None, method_config("fedtt")).models()["full"]
+        assert torch.equal(full(random_tokens(2, 9)), tuned(random_tokens(2, 9)))
+        assert all(p.dtype == torch.float32 for n, p in tuned.named_parameters() if ".after_" in n)
+    server, _, records = method_run("fedtt", tiny_lm(n_layers=2), 3)
+    fresh, lm = fedtt.Server(tiny_lm(n_layers=2), None, server.cfg), server.models()["full"]
+    assert all(not torch.equal(p, fresh.tensors[n]) for n, p in server.tensors.items())
+    floats = sum(math.prod(s) for d in ((48, 64), (64, 48)) for s in fedtt.core_shapes(*d, 5))
+    assert records[0]["bytes_up"] == records[0]["bytes_down"] == 4 * 2 * 2 * floats
+    cached_equals_uncached(lm)
+
+
+def cached_equals_uncached(lm):
+    prompts = [[1, 5, 9], [1, 7, 20, 11, 30]]
+    for ids, prompt in zip(model.generate(lm, prompts, 6, 0), prompts):
+        tokens = list(prompt)
+        for _ in ids:
+            assert lm(torch.tensor([tokens]))[0, -1].argmax() == ids[len(tokens) - len(prompt)]
+            tokens.append(ids[len(tokens) - len(prompt)])
+    rows = torch.tensor([1, 3, 7])
+    tokens = random_tokens(2, 4)
+    assert off(lm.hidden(tokens, rows=rows), lm.hidden(tokens).flatten(0, 1)[rows]) < 1e-6
+
+
+def test_fedtt_plus_average_of_cores_is_the_average_of_matrices():
+    # kills: two active cores at once
+    weights, layer = [.2, .3, .5], fedtt.TTLinear(24, 12, 3, False, fedbiot.generator(1), "cpu").double()
+    cores = {f"x.cores.{i}": p for i, p in enumerate(layer.cores)}
+    for t in range(6):
+        moved = fedtt.active(cores, t)
+        assert list(moved) == [f"x.cores.{5 - t}"]
+        ups = [{n: p + random(*p.shape, seed=10 * t + m).double() for n, p in moved.items()} for m in range(3)]
+        mean = {n: sum(w * up[n] for w, up in zip(weights, ups)) for n in moved}
+        matrices = [tt_matrix((cores | up).values(), 24, 12) for up in ups]
+        assert (tt_matrix((cores | mean).values(), 24, 12) - sum(w * W for w, W in zip(weights, matrices))).abs().max() < 1e-12
+
+
+def test_fedtt_plus_sends_one_core_a_matrix_and_moves_no_other():
+    # kills: all cores sent; an optimizer over all; state carried from client to client; a latecomer with stale cores
+    server, client, records = method_run("fedtt+", tiny_lm(n_layers=2), 1)
+    fresh = fedtt.Server(tiny_lm(n_layers=2), None, server.cfg)
+    last = {n for n in server.tensors if n.endswith("cores.5")}
+    assert {n for n, p in server.tensors.items() if not torch.equal(p, fresh.tensors[n])} == last
+    assert records[0]["bytes_up"] == sizes({n: server.tensors[n] for n in last})
+    sent = server.broadcast(1)
+    assert sent.keys() == last
+    ups = [client.update(1, sent, toy_shard(), m)[0] for m in (0, 1, 0)]
+    late = fedtt.Client(server.bootstrap(), server.cfg).update(1, sent, toy_shard(), 0)[0]
+    assert all(n.endswith("cores.4") for n in late) and same(ups[0], ups[2]) and same(ups[0], late)
+    server, _, records = method_run("fedtt+", tiny_lm(n_layers=2), 2, clients_per_round=1)
+    assert records[1]["bytes_down"] == sizes(server.tensors)            # absent clients: all cores go down
+
+
+class BlackBox(torch.nn.Module):
+    """A large model of which nothing can be asked but logits."""
+    def __init__(self, lm):
+        super().__init__()
+        self.forward, self.config, self.output = lm.forward, lm.config, lm.output
+
+
+def proxy_run(path: Path, *args, large=None, **changes):
+    meta_folder(path / "small", tiny_lm(5, n_layers=2, dim=24, n_heads=4), ffn_dim_multiplier=2.6)
+    return method_run("fedpt", large, *args, proxy_ckpt=str(path / "small"), **changes)
+
+
+def test_fedpt_untuned_proxy_is_the_large_model_exactly_and_the_tuned_one_a_sum_of_logits():
+    # kills: z_S0 left out; alpha ignored; its sign; one cache for three models
+    tokens = random_tokens(2, 9)
+    with folder() as path:
+        for dtype in (torch.float32, torch.bfloat16):
+            large = tiny_lm().to(dtype)
+            assert torch.equal(proxy_run(path, 0, large=large)[0].models()["proxy"](tokens), large(tokens))
+            server = proxy_run(path, 1, large=large, proxy_alpha=0.0)[0]
+            assert torch.equal(server.models()["proxy"](tokens), large(tokens))
+            assert not torch.equal(server.models()["small"](tokens), server.full(tokens))
+        server = proxy_run(path, proxy_alpha=.7)[0]
+        z = {name: lm(tokens).double() for name, lm in server.models().items()}
+        assert list(z) == ["base", "small", "distilled", "proxy"]
+        assert off(z["proxy"], z["base"] + .7 * (z["small"] - server.full(tokens))) < 1e-5
+        cached_equals_uncached(server.models()["proxy"])
+        again = proxy_run(path, 0, state={"learnt": server.state_dict()["learnt"]}, proxy_alpha=.7)[0]
+        assert all(torch.equal(lm(tokens), server.models()[name](tokens)) for name, lm in again.models().items())
+
+
+def test_fedpt_asks_the_large_model_for_logits_only():
+    # kills: its hidden states, layers or gradients used in a round; its weights in a payload
+    large = tiny_lm()
+    with folder() as path:
+        server, client, records = proxy_run(path, large=BlackBox(large))
+    assert all(p.grad is None and not p.requires_grad for p in large.parameters())
+    assert same({n: t for n, t in server.bootstrap().items() if n != "config"}, dict(server.full.named_parameters()))
+    assert all(p.shape[-1] in (4, 24) for p in server.broadcast(1).values()) and list(client.lm.layers) == ["0", "1"]
+    assert records[0]["bytes_down"] == records[0]["bytes_up"] == sizes(server.tuned)
+
+
+def test_fedpt_distillation_lowers_the_kl_to_its_frozen_teacher():
+    # kills: a teacher that moves along; KL the wrong way round; z_L left out
+    with folder() as path:
+        server = proxy_run(path, 1, proxy_steps=0)[0]
+    batch, teacher = next(server.public.batches(1, 10, (7,))), copied(server.averaged)
+
+    def kl():
+        z, s = (server.models()[n](batch.tokens).flatten(0, 1)[batch.rows].double().log_softmax(-1) for n in ("proxy", "distilled"))
+        return (batch.weights * (z.exp() * (z - s)).sum(-1)).sum().item()
+    before = kl()
+    assert abs(server.distillation_loss(batch)[0].item() / before - 1) < 1e-4
+    server.cfg = method_config("fedpt", proxy_steps=20)
+    server.distil(0)
+    assert kl() < .9 * before and same(teacher, copied(server.averaged))
+    assert server.metrics["distill_kl"] > 0 and server.metrics["drift"] > 0
+
+
+def test_fedpt_refuses_another_vocabulary():
+    # kills: no check of the sizes; none of the pieces
+    with folder() as path:
+        meta_folder(path / "large", tiny_lm(vocab_size=1024), tokenizer=True)
+        meta_folder(path / "small", tiny_lm(vocab_size=60), tokenizer=True)
+        flags = ["--method", "fedpt", "--ckpt", path / "large", "--proxy-ckpt", path / "small", "--out", path / "run"]
+        status, _, err = cli(*flags)
+        assert status == 2 and err.count("\n") == 1 and "60 pieces" in err and "1024" in err, err
+        refused(lambda: fedpt.Server(tiny_lm(), None, method_config("fedpt", proxy_ckpt=str(path / "small"))), "60", "97")
+
+
+def test_every_method_resumes_bit_for_bit():
+    # kills: a part of the state not saved; randomness carried from round to round
+    with folder() as path:
+        proxy_run(path, 0)
+        for method in ("fedot", "fedavg", "fedkseed", "fedkseed-pro", "fedtt", "fedtt+", "fedpt"):
+            flags = {"proxy_ckpt": str(path / "small"), "kseed_candidates": 8, "lr": 1e-4, "proxy_steps": 2, "local_steps": 2}
+            whole = method_run(method, rounds=2, **flags)[0].state_dict()["learnt"]
+            state = method_run(method, rounds=1, **flags)[0].state_dict()
+            assert same(whole, method_run(method, rounds=2, first_round=1, state=state, **flags)[0].state_dict()["learnt"]), method
+
+
 # ---- command line -------------------------------------------------------------------------------
 
 def cli(*argv, main=train.main) -> tuple[int, str, str]:
@@ -1333,6 +1914,48 @@ def test_plan_prints_table_5_from_params_json_alone():
         assert plan["trainable_params"] == 2 * lora_layer
         layer = 2 * 4096**2 + 2 * 1024 * 4096 + 3 * 4096 * 11008 + lora_layer
         assert math.isclose(plan["gmac_per_token"], (26 + 2 - 1) * layer / 1e9)
+
+
+def test_plan_of_the_other_methods_is_table_5_and_its_rules():
+    # kills: s for 2 s; backward through the adapter only; a FedTT adapter in P left out; a backward for FedKSeed
+    layer = 4 * 4096**2 + 3 * 4096 * 11008                              # one of LLaMA-2-7B's, without LoRA
+    lora = 131_072
+    with folder() as path:
+        (path / "params.json").write_text(json.dumps(LLAMA_2_7B))
+        (path / "small").mkdir()
+        (path / "small" / "params.json").write_text(json.dumps(LLAMA_2_7B | {"n_layers": 4, "vocab_size": 32000}))
+
+        def plan(*argv):
+            status, out, err = cli("--ckpt", path, "--plan", "--json", *argv)
+            assert status == 0, err
+            p = json.loads(out)
+            return p["trainable_params"], p["comm_mb_per_round"], p["gmac_per_token"] * 1e9, p
+        for method in ("fedot", "offsite"):
+            for beta, kept, gmac in (("0.2", 22, 10.33), ("0.5", 14, 7.09)):
+                trained, mb, mac, p = plan("--method", method, "--dropout", beta)
+                assert trained == 4 * lora and math.isclose(mb, 4 * lora * 8 / 1e6) and round(mac / 1e9, 2) == gmac
+                assert p["adapter_layers"] == [0, 1, 30, 31] and len(p["kept_layers"]) == kept
+        whole = 32 * (layer + 2 * 4096) + 4096 + 2 * 32000 * 4096
+        tt = 32 * 4 * 1100
+        for method, expected in {"fedavg": (32 * lora, 8 * 32 * lora, 63 * (layer + lora)),
+                                 "fedkseed": (whole, 17_988, 64 * layer), "fedkseed-pro": (whole, 9_796, 64 * layer),
+                                 "fedtt": (tt, 8 * tt, 63 * (layer + 4400)), "fedtt+": (tt, 8 * tt / 6, 63 * (layer + 4400)),
+                                 "fedpt": (4 * lora, 8 * 4 * lora, 7 * (layer + lora))}.items():
+            found = plan("--method", method, "--proxy-ckpt", path / "small")
+            assert found[0] == expected[0] and math.isclose(found[1] * 1e6, expected[1]), (method, found)
+            assert math.isclose(found[2], expected[2]), (method, found)
+        assert tt == 140_800 and round(32 * lora / tt, 1) == 29.8 and plan("--method", "fedtt", "--tt-bias")[0] == 407_040
+
+
+def test_a_flag_without_a_use_is_noted_once_and_a_contradiction_refused():
+    # kills: the note missing; a note for a flag with a use; Offsite-Tuning with three clients
+    with folder() as path:
+        (path / "params.json").write_text(json.dumps(LLAMA_2_7B))
+        status, _, err = cli("--ckpt", path, "--plan", "--method", "fedavg", "--dropout", ".5", "--tt-rank", 3, "--rank", 4)
+        assert status == 0 and err.count("\n") == 1 and "--dropout" in err and "--tt-rank" in err and "--rank" not in err.replace("--tt-rank", "")
+        assert cli("--ckpt", path, "--plan", "--method", "fedkseed", "--kseed-candidates", 9)[2] == ""
+        status, _, err = cli("--ckpt", path, "--plan", "--method", "offsite", "--clients", 3)
+        assert status == 2 and err.count("\n") == 1 and "fedot" in err
 
 
 def test_presets_are_the_papers_and_the_authors():
