@@ -96,29 +96,32 @@ def write_peft(folder: Path, lm: LM, base: str):
     rank, parts = len(module.lora_A), [name.split(".") for name in lora]
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
               "lora_alpha": module.scale * rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-              "target_modules": sorted({p[-2] for p in parts}), "layers_to_transform": sorted({int(p[2]) for p in parts})}
+              "layers_to_transform": sorted({int(p[2]) for p in parts}),
+              "target_modules": sorted({p[-2] for p in parts})}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    write_safetensors(folder / "adapter_model.safetensors", {f"base_model.model.{n}.weight": p for n, p in lora.items()})
+    named = {f"base_model.model.{name}.weight": p for name, p in lora.items()}
+    write_safetensors(folder / "adapter_model.safetensors", named)
 
 
 def read_lora(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     """A and (alpha / r) B by our names, fp32, of a PEFT adapter's folder, a run's folder, or its lora.pt."""
     folder, is_peft = path if path.is_dir() else path.parent, (path / "adapter_config.json").is_file()
+    file = path if path.is_file() else path / ("adapter_model.safetensors" if is_peft else "lora.pt")
     try:
         about = json.loads((folder / ("adapter_config.json" if is_peft else "config.json")).read_text())
         scale = about["lora_alpha"] / about["r"] if is_peft else about["alpha"] / about["rank"]
         odd = [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if about.get(k)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         raise UserError(f"--init-lora {path}: expected the folder of a run or of a PEFT LoRA adapter") from None
-    if odd:
-        raise UserError(f"--init-lora {path}: only plain LoRA can be read, and this one has {odd[0]}")
+    if odd or not file.is_file():
+        raise UserError(f"--init-lora {path}: " + (f"only plain LoRA can be read, and this one has {odd[0]}" if odd
+                                                   else f"no {file.name} in it"))
     tensors = {}
-    file = path if path.is_file() else path / ("adapter_model.safetensors" if is_peft else "lora.pt")
     for name, t in (read_safetensors if is_peft else read_pickle)(file).items():
         if is_peft:
             stem, _, letter = name.removeprefix("base_model.model.").partition(".lora_")
             name = from_hf_name(f"{stem}.weight").removesuffix("weight") + f"lora_{letter[:1]}"
-            if name.endswith("wq.lora_B"):
+            if name.endswith("wq.lora_B") and len(t) == config.dim:
                 t = to_meta_rows(t, config.n_heads)
         tensors[name] = t.float() * scale if name.endswith("B") else t.float()
     return tensors
@@ -139,7 +142,8 @@ def start_from(path: Path, server, config: ModelConfig, scale: float):
     if wrong or not fits:
         raise UserError(f"--init-lora {path}: another --rank, other layers or another model: its "
                         + (wrong[0] if wrong else f"{', '.join(list(given)[:2])}, here {', '.join(list(own)[:2])}"))
-    for text, names in (("not used", given.keys() - own.keys()), ("not in it, so they start anew", own.keys() - fits.keys())):
-        if names:
-            print(f"note: --init-lora: {text}: {', '.join(sorted({n.rsplit('.', 1)[0] for n in names}))}", file=sys.stderr)
+    for text, names in (("not used", given.keys() - own.keys()), ("not in it, starts anew", own.keys() - fits.keys())):
+        stems = sorted({name.rsplit(".", 1)[0] for name in names})
+        if stems:
+            print(f"note: --init-lora: {text}: {', '.join(stems)}", file=sys.stderr)
     copy_into({n: own[n] for n in fits}, fits)

@@ -7,8 +7,11 @@ independent: a slow form, an invariant, arithmetic by hand. No network, no GPU, 
 """
 import contextlib
 import csv
+import importlib.util
+import inspect
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -2158,6 +2161,245 @@ def test_the_main_command_runs_on_the_bundled_model_from_anywhere():
         assert float(row["client_loss"]) < 0.5 * math.log(1024), "a pre-trained model"
         again = command("--task", "gsm8k", "--out", "run")
         assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--resume" in again.stderr
+
+
+# ---- hand-over ----------------------------------------------------------------------------------
+
+def exported(path: Path, lm: LM, form: str, source: Path) -> Path:
+    with contextlib.redirect_stderr(io.StringIO()):
+        evaluation.export(lm, path, form, str(source))
+    assert not list(path.parent.glob("*.part"))
+    return path
+
+
+def test_params_json_gives_back_every_width():
+    # kills: multiple_of 256 for all; the half that keeps the multiplier's product above the width; n_kv_heads left out
+    for dim, hidden in [(48, n) for n in (1, 2, 100, 127, 128, 129, 168, 256, 1000)] + [(4096, 11008), (5120, 13824), (8192, 28672)]:
+        c = ModelConfig(dim, 5, 8, 2, 97, hidden, 1e-6, 5e5)
+        p = json.loads(json.dumps(c.to_params()))
+        assert ModelConfig.from_params(p) == c and ModelConfig.from_hf(json.loads(json.dumps(c.to_hf()))) == c
+        assert (p["multiple_of"] == 256) == (hidden in (256, 11008, 13824)), "as published, where that gives the width"
+
+
+def test_exported_folders_hold_the_merged_model():
+    # kills: scale forgotten; layers not renumbered; q's rows left as Meta's; a tied head written; the model itself merged
+    tokens = random_tokens(2, 13)
+    for tied in (False, True):
+        with folder() as path:
+            full = tiny_lm(tied=tied)
+            source = meta_folder(path / "ckpt", full, tokenizer=True)
+            server = fedbiot.Server(full, toy_shard(), config())
+            noisy_lora(server.student)
+            for (name, lm), form in itertools.product(server.models().items(), ("hf", "meta")):
+                before = lm(tokens)
+                back = read(exported(path / f"{name}-{form}", lm, form, source))
+                assert off(back(tokens), before) < 3e-6 and torch.equal(lm(tokens), before), (name, form)
+                assert list(back.layers) == list("0123" if name == "adapemu" else "01234")
+            held = model.read_safetensors(path / "adapfu-hf" / "model.safetensors")
+            assert ("lm_head.weight" in held) != tied and (path / "adapfu-hf" / "tokenizer.model").is_file()
+            if not tied:                                            # W + s B A in float64, and Hugging Face's rows by hand
+                w = {n: t.double() for n, t in full.state_dict().items()}
+                for n in [n for n in lora.lora_tensors(server.teacher) if n.endswith("A")]:
+                    stem, own = n.removesuffix("lora_A"), lora.lora_tensors(server.teacher)
+                    w[stem + "weight"] += 16 / 4 * own[stem + "lora_B"].double() @ own[n].double()
+                assert all(off(held[n], t) < 1e-6 for n, t in hf_state(SimpleNamespace(
+                    config=full.config, state_dict=lambda: w)).items()), "merged in Hugging Face's layout"
+
+
+def test_merging_sums_in_fp32_and_keeps_the_stored_dtype():
+    # kills: B A cast to bf16 before the sum; fp32 written for a bf16 checkpoint
+    server = toy_server(dtype=torch.bfloat16)
+    state, own = lora.merged(server.teacher), lora.lora_tensors(server.teacher)
+    for stem in ("layers.3.attention.wq.", "layers.4.attention.wv."):
+        W = server.full.state_dict()[stem + "weight"].double()
+        exact = W + 4 * own[stem + "lora_B"].double() @ own[stem + "lora_A"].double()
+        best = (exact.bfloat16().double() - exact).abs()
+        assert ((state[stem + "weight"].double() - exact).abs() <= best * 1.01 + 1e-6).all(), "as near as bf16 can be"
+    with folder() as path:
+        meta_folder(path / "ckpt", server.full, tokenizer=True, vocab_size=97)
+        for form in ("hf", "meta"):
+            out = exported(path / form, server.teacher, form, path / "ckpt")
+            kept = read(out, dtype=None)
+            assert {p.dtype for p in kept.parameters()} == {torch.bfloat16} and same(dict(kept.state_dict()), state)
+
+
+def test_a_peft_adapter_is_the_difference_in_hugging_faces_layout():
+    # kills: lora_B of wq left as Meta's; alpha / r in place of alpha
+    with folder() as path:
+        server = toy_server()
+        out = exported(path / "peft", server.teacher, "peft", path)
+        about, held = json.loads((out / "adapter_config.json").read_text()), model.read_safetensors(out / "adapter_model.safetensors")
+        assert {"peft_type": "LORA", "r": 4, "lora_alpha": 16.0, "target_modules": ["q_proj", "v_proj"],
+                "layers_to_transform": [3, 4], "bias": "none"}.items() <= about.items()
+        merged = hf_state(SimpleNamespace(config=CONFIG, state_dict=lambda: lora.merged(server.teacher)))
+        for name, W in hf_state(server.full).items():
+            if re.fullmatch(r"model\.layers\.[34]\.self_attn\.[qv]_proj\.weight", name):
+                A, B = (held.pop("base_model.model." + name.replace("weight", f"lora_{m}.weight")) for m in "AB")
+                assert off(4 * B @ A, merged[name] - W) < 1e-5, name
+        assert not held, f"surplus {list(held)}"
+
+
+def test_what_cannot_be_exported_is_refused_and_leaves_nothing():
+    # kills: a folder of the user's overwritten; PEFT for fewer layers; FedPT's proxy or FedTT's cores tried
+    with folder() as path:
+        server = toy_server()
+        source = meta_folder(path / "ckpt", server.full, tokenizer=True)
+        for lm, form, word in ((server.full, "peft", "LoRA"), (server.student, "peft", "hf or meta"),
+                               (SimpleNamespace(), "hf", "not a LLaMA"), (server.teacher, "hf", "cannot be written")):
+            target = path / "ckpt" / "params.json" / "below" if word == "cannot be written" else path / "new"
+            refused(lambda: evaluation.export(lm, target, form, str(source)), word)
+        extra = server.full.with_layers({int(i): b for i, b in server.full.layers.items()})
+        extra.layers["0"].more = torch.nn.Linear(2, 2)
+        refused(lambda: evaluation.export(extra, path / "new", "meta", str(source)), "not a LLaMA")
+        assert {p.name for p in path.iterdir()} == {"ckpt"}
+        (path / "mine").mkdir()
+        (path / "mine" / "x").write_text("x")
+        status, out, err = cli("--ckpt", source, "--export", path / "mine", main=evaluation.main)
+        assert status == 2 and "not empty" in err and err.count("\n") == 1 and [p.name for p in (path / "mine").iterdir()] == ["x"]
+
+
+def test_lora_of_another_run_or_of_peft_is_a_start():
+    # kills: alpha / r ignored; PEFT's rows not turned; PEFT's LoRA in the emulator; a wrong rank met by an assertion; DoRA read
+    with folder() as path:
+        there, tokens = toy_server(), random_tokens(2, 9)
+        peft = exported(path / "peft", there.teacher, "peft", path)
+        run = path / "run"
+        run.mkdir()
+        torch.save(there.state_dict()["learnt"], run / "lora.pt")
+        (run / "config.json").write_text(json.dumps({"rank": 4, "alpha": 16.0}))
+
+        def started(source, **changes):
+            here, err = toy_server(False, **changes), io.StringIO()
+            with contextlib.redirect_stderr(err):
+                lora.start_from(source, here, CONFIG, here.cfg.alpha / here.cfg.rank)
+            return here, err.getvalue()
+        for source in (run, run / "lora.pt", peft):
+            here, err = started(source, alpha=4.0)
+            assert off(here.teacher(tokens), there.teacher(tokens)) < 3e-6 and not err, (source, err)
+            alike = off(here.student(tokens), there.student(tokens)) < 3e-6
+            assert alike == (source is not peft), "the emulator's LoRA comes from a run only"
+        for source, adapter, words in ((run, 1, ("layers.3",)), (peft, 1, ("not used", "layers.3")), (peft, 3, ("anew", "layers.2"))):
+            here, err = started(source, adapter=adapter, dropout=Fraction(0))
+            assert all(w in err for w in words) or source is run, err
+            assert off(here.tuned["layers.4.attention.wq.lora_B"], there.tuned["layers.4.attention.wq.lora_B"]) == 0
+        refused(lambda: started(peft, rank=2), "--rank", "[4, 48]", "[2, 48]")
+        refused(lambda: started(path / "none"), "--init-lora", "none")
+        about = json.loads((peft / "adapter_config.json").read_text())
+        (peft / "adapter_config.json").write_text(json.dumps(about | {"use_dora": True}))
+        refused(lambda: started(peft), "use_dora")
+
+
+def test_init_lora_and_export_on_the_command_line():
+    # kills: --init-lora not read; --export of the base; fp32 written by default
+    with folder() as path, patch.object(train, "evaluate", scored):
+        flags = small_run(path)
+        meta_folder(path / "ckpt", tiny_lm(vocab_size=1024).to(torch.bfloat16), tokenizer=True)
+        assert cli(*flags, "--out", path / "a", "--rounds", 1)[0] == 0
+        status, _, err = cli(*flags, "--out", path / "b", "--rounds", 1, "--init-lora", path / "a", "--align-init", 0, "--lr", 0, "--prox", 0)
+        a, b = (torch.load(path / n / "lora.pt", weights_only=True) for n in "ab")
+        assert status == 0 and all(off(b[n], t) < 1e-6 for n, t in a.items()), err
+        assert json.loads((path / "b" / "config.json").read_text())["init_lora"] == str(path / "a")
+        status, out, err = cli("--run", path / "a", "--export", path / "hf", main=evaluation.main)
+        assert status == 0 and not out, err
+        back, (models, _, _) = read(path / "hf", dtype=None), evaluation.models_of_run(path / "a", "cpu", torch.float32)
+        assert {p.dtype for p in back.parameters()} == {torch.bfloat16}
+        assert same(dict(back.float().state_dict()), {n: t.bfloat16().float() for n, t in lora.merged(models["adapfu"]).items()})
+        status, _, err = cli("--run", path / "a", "--export", path / "x", "--model", "adapemu", "--format", "peft", main=evaluation.main)
+        assert status == 2 and "hf or meta" in err and not (path / "x").exists()
+
+
+def needs(*names):
+    """Modules that the project itself never needs."""
+    try:
+        return [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        raise Skip(f"{error.name} is not installed; see benchmarks/requirements.txt")
+
+
+def test_transformers_and_peft_compute_the_same_logits():
+    # kills: as the tests of the files above, but with the other side's own readers
+    transformers, peft = needs("transformers", "peft")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with folder() as path:
+        server, tokens = toy_server(), random_tokens(2, 17)
+        source = meta_folder(path / "ckpt", server.full, tokenizer=True)
+        for name, lm in server.models().items():
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(exported(path / name, lm, "hf", source))
+            assert type(theirs).__name__ == "LlamaForCausalLM" and theirs.dtype == torch.float32
+            assert off(theirs(tokens).logits, lm(tokens)) < 1e-5 and (theirs(tokens).logits - lm(tokens)).abs().max() < 1e-4, name
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(path / "base")
+        adapter = exported(path / "peft", server.teacher, "peft", source)
+        tuned = peft.PeftModel.from_pretrained(theirs, adapter)
+        assert (tuned(tokens).logits - server.teacher(tokens)).abs().max() < 1e-4
+        tuned.save_pretrained(path / "again")                       # what PEFT writes is a start too
+        here = toy_server(False)
+        lora.start_from(path / "again", here, CONFIG, 4.0)
+        assert off(here.teacher(tokens), server.teacher(tokens)) < 3e-6
+
+
+def test_tensorboard_is_written_where_it_is_installed():
+    # kills: refused only after the weights are read; all rows at one step
+    with folder() as path, patch.object(train, "evaluate", scored):
+        flags = [*small_run(path), "--tensorboard", "--out", path / "run"]
+        with patch.object(train.importlib.util, "find_spec", lambda name: None):
+            status, _, err = cli(*flags, "--ckpt", path / "none")
+        assert status == 2 and err.count("\n") == 1 and "log.csv" in err and not (path / "run").exists()
+        accumulator = needs("tensorboard.backend.event_processing.event_accumulator")[0].EventAccumulator
+        assert cli(*flags)[0] == 0
+        board = accumulator(str(path / "run" / "tensorboard"))
+        board.Reload()
+        assert [(e.step, off(torch.tensor(e.value), torch.tensor(float(r["client_loss"]))) < 1e-6) for e, r in zip(
+            board.Scalars("client_loss"), csv.DictReader(open(path / "run" / "log.csv")), strict=True)] == [(1, True), (2, True), (3, True)]
+        assert len(board.Scalars("adapfu")) == 1
+
+
+def test_curves_read_every_column_of_the_log():
+    # kills: bytes of one direction; not cumulative; an empty cell read
+    spec = importlib.util.spec_from_file_location("plot", HERE / "benchmarks" / "plot.py")
+    plot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plot)
+    with folder() as path:
+        train.write_log(path, [{"round": 1, "client_loss": 2.0, "bytes_down": 3e6, "bytes_up": 1e6, "seconds": 1.0},
+                               {"round": 2, "client_loss": 1.0, "bytes_down": 3e6, "bytes_up": 2e6, "seconds": 1.0, "adapfu": 0.5}])
+        rows = plot.read_log(path)
+        assert plot.exchanged(rows) == ([1, 2], [4, 9]) and plot.column(rows, "adapfu") == ([2], [0.5])
+        assert plot.column(rows, "align_kl") == ([], [])
+        needs("matplotlib")
+        with contextlib.redirect_stdout(io.StringIO()):
+            plot.main([str(path), str(path), "--out", str(path / "p.png")])
+        assert (path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def numbers(text: str) -> set[int]:
+    """`3-5, 7` and `4 and 5` -> the numbers meant."""
+    spans = re.findall(r"(\d+)(?:[-–](\d+))?", text)
+    return {n for a, b in spans for n in range(int(a), int(b or a) + 1)}
+
+
+def named(source: str, word: str) -> set[int]:
+    return {n for found in re.findall(word + r" (\d+(?:(?:, | and |[-–])\d+)*)", source) for n in numbers(found)}
+
+
+def test_the_readmes_map_of_the_paper_points_at_code_that_says_so():
+    # kills: a function renamed; an equation's number changed in the code or in the table; an equation left out
+    text = (HERE / "README.md").read_text() if (HERE / "README.md").is_file() else ""
+    rows = re.findall(r"^\| (Eq\. [\d–-]+|Algorithm [12](?:, lines? [\d–-]+)?|AdapEmu, AdapFu) \|.*\| `(\w+\.py)`: (.*) \|$", text, re.M)
+    if not rows:
+        raise Skip("README.md has no map of the paper yet")
+    for paper, file, places in rows:
+        module = importlib.import_module(file.removesuffix(".py"))
+        for place in re.findall(r"`([\w.]+)`", places):
+            thing = module
+            for part in place.split("."):
+                assert hasattr(thing, part), f"README.md: {paper}: {file} has no {place}"
+                thing = getattr(thing, part)
+            source = inspect.getsource(thing)
+            for word, where in (("Eq\\.", "Eq\\."), ("lines?", "[Ll]ines?"), ("Algorithm", "Algorithm")):
+                wanted = named(paper, word) if word != "Algorithm" or "line" not in paper else set()
+                assert wanted <= named(source, where), f"README.md: {paper}: {place} names {sorted(named(source, where))}"
+    covered = {n for paper, *_ in rows for n in named(paper, "Eq\\.")}
+    assert covered == set(range(3, 12)) and {"Algorithm 1", "Algorithm 2"} <= {r[0] for r in rows}, covered
 
 
 # ---- runner -------------------------------------------------------------------------------------
