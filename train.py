@@ -227,7 +227,7 @@ def print_plan(p: dict, c: ModelConfig, cfg, file=sys.stdout):
                        ("model", f"{c.n_layers} layers x {c.dim}, {cfg.ckpt}"), ("kept (emulator)", layers("kept_layers")),
                        ("dropped", layers("dropped_layers")), ("adapter", layers("adapter_layers")),
                        ("trainable", f"{p['trainable_params']:,} parameters"),
-                       ("communication", f"{p['comm_mb_per_round']:.2f} MB a client a round, down + up"),
+                       ("communication", f"{megabytes(p['comm_mb_per_round'] * 1e6)} a client a round, down + up"),
                        ("compute", f"{p['gmac_per_token']:.4g} GMAC a token at a client")):
         print(f"{name:16}  {text}", file=file)
 
