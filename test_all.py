@@ -7,9 +7,9 @@ independent: a slow form, an invariant, arithmetic by hand. No network, no GPU, 
 """
 import contextlib
 import csv
+import gzip
 import importlib.util
 import inspect
-import gzip
 import io
 import itertools
 import json
