@@ -137,7 +137,7 @@ def read_rows(path: Path, name: str | None = None) -> list:
 def parse(text: str, path, place: str):
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:               # ValueError: also a number of 5,000 digits
         raise UserError(f"{path}{place}: malformed JSON: {error}") from None
 
 

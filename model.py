@@ -353,19 +353,21 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             raise UserError(f"{path}: the header's length {length} does not fit a file of {size} bytes (truncated?)")
         try:
             header = json.loads(file.read(length))
-            entries = [(name, e["dtype"], [int(n) for n in e["shape"]], *map(int, e["data_offsets"]))
+            entries = [(name, str(e["dtype"]), [*e["shape"]], *e["data_offsets"])
                        for name, e in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+            if not all(len(e) == 5 and all(type(n) is int for n in e[2] + [*e[3:]]) for e in entries):
+                raise ValueError("sizes and offsets must be integers")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path}: the safetensors header is damaged; download the file again") from None
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
     tensors, end = {}, 0
     for name, dtype, shape, start, stop in sorted(entries, key=lambda e: e[3:]):
         if dtype not in SAFETENSORS_DTYPES:
-            raise UserError(f"{path}: {name} is {dtype}; expected one of {', '.join(SAFETENSORS_DTYPES)}")
+            raise UserError(f"{path}: {name:.80} is {dtype:.80}; expected one of {', '.join(SAFETENSORS_DTYPES)}")
         width = SAFETENSORS_DTYPES[dtype].itemsize
         if start != end or min(shape, default=1) < 0 or stop - start != math.prod(shape) * width or stop > len(data):
-            raise UserError(f"{path}: {name} claims bytes {start}..{stop} for shape {shape} in a file with "
-                            f"{len(data)} bytes of data; truncated or damaged, download it again")
+            raise UserError(f"{path}: {name:.80} claims bytes {start!s:.20}..{stop!s:.20} for shape {shape!s:.80} in a "
+                            f"file with {len(data)} bytes of data; truncated or damaged, download it again")
         raw = data[start:stop]
         raw = raw if (8 + length + start) % width == 0 else raw.clone()        # view() needs alignment
         tensors[name], end = raw.view(SAFETENSORS_DTYPES[dtype]).view(shape), stop
@@ -387,8 +389,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError on a bad file
         raise UserError(f"{path}: not a readable checkpoint of plain tensors (truncated?): "
                         f"{(str(error) or repr(error)).splitlines()[0][:120]}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UserError(f"{path}: expected a dict of tensors, found {type(tensors).__name__}")
+    if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and isinstance(t, Tensor) and (t.layout, t.device.type) == (torch.strided, "cpu")
+            for name, t in tensors.items()):
+        raise UserError(f"{path}: expected a dict of plain tensors by name, found a {type(tensors).__name__}")
     return tensors
 
 

@@ -472,7 +472,7 @@ class Processes:
         if not misfit(upload, expected):
             self.post(f"to {rank}", "send")
             upload = self.receive(upload, rank)
-        self.up.append(payload_bytes(upload))
+            self.up.append(payload_bytes(upload))
         return upload, metrics
 
     def end(self, status: int) -> bool:

@@ -7,6 +7,7 @@ and resumed, until it has been killed that often; at last it is left to end. Com
 and the columns of log.csv that are no times. Needs nothing but train.py; exit status 0 = the same bits.
 """
 import argparse
+import contextlib
 import csv
 import hashlib
 import os
@@ -36,7 +37,8 @@ def run(argv: list[str], seconds: float | None = None) -> tuple[int | None, floa
         _, err = job.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         for pid in descendants(job.pid):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         job.communicate()
         return None, time.perf_counter() - began
     if job.returncode:
@@ -46,8 +48,16 @@ def run(argv: list[str], seconds: float | None = None) -> tuple[int | None, floa
 
 def descendants(pid: int) -> list[int]:
     """A process and all below it, from /proc: torchrun gives its workers sessions of their own."""
-    children = [int(c) for path in Path(f"/proc/{pid}/task").glob("*/children") for c in path.read_text().split()]
-    return [pid] + [p for child in children for p in descendants(child)]
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:                                 # it has just ended
+            continue
+    found = [pid]
+    for parent in found:                                # grows while it is read
+        found += [p for p in parents if parents[p] == parent]
+    return found
 
 
 def outcome(out: Path) -> tuple:
