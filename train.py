@@ -220,7 +220,7 @@ def whole_size(c: ModelConfig) -> int:
     return c.n_layers * (layer_sizes(c, 0)[0] + 2 * c.dim) + c.dim + vocab * c.dim * (1 if c.tied else 2)
 
 
-def print_plan(p: dict, c: ModelConfig, cfg, file=sys.stdout):
+def print_plan(p: dict, c: ModelConfig, cfg):
     def layers(name):
         return f"{len(p[name]):3d}   " + " ".join(map(str, p[name]))
     for name, text in (("method", f"{cfg.method}, {cfg.task}, {cfg.clients} clients, {cfg.rounds} rounds"),
@@ -229,7 +229,7 @@ def print_plan(p: dict, c: ModelConfig, cfg, file=sys.stdout):
                        ("trainable", f"{p['trainable_params']:,} parameters"),
                        ("communication", f"{megabytes(p['comm_mb_per_round'] * 1e6)} a client a round, down + up"),
                        ("compute", f"{p['gmac_per_token']:.4g} GMAC a token at a client")):
-        print(f"{name:16}  {text}", file=file)
+        print(f"{name:16}  {text}")
 
 
 # ---- run folder ---------------------------------------------------------------------------------
