@@ -2013,7 +2013,7 @@ def test_bad_input_ends_in_one_line_and_status_2():
                  *[(["--data-dir", sets[n]], *words) for n, *words in (("malformed", "train.jsonl", "line 2"), ("empty", "no rows"),
                    ("few", "--clients 3", "1..2"))],
                  (["--out", path / "taken"], "taken", "--resume"), (["--out", path / "file"], "file", "--resume"),
-                 (["--out", path / "file" / "below"], "below"), (["--max-len", 20], "--max-len 20"),
+                 (["--out", path / "file" / "below"], "below"), (["--max-len", 9], "--max-len 9"),
                  (["--max-len", 1], "--max-len 1"), (["--rounds", 0], "--rounds 0"), (["--lr", "nan"], "--lr"),
                  (["--prox", "-1"], "--prox"), (["--batch-size", 0], "--batch-size"), (["--seed", "-1"], "--seed"),
                  (["--clients-per-round", 4], "--clients-per-round 4"), (["--clients", 0], "--clients"),
