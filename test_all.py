@@ -1098,7 +1098,7 @@ def test_official_files_become_helms_questions():
 
 
 def test_log_likelihoods_match_one_sequence_at_a_time():
-    # kills: padding counted; rows off by one; results left in order of length; the mean instead of the sum
+    # kills: padding counted; rows off by one; results left in order of length; half of the sum
     lm, g = tiny_lm(), torch.Generator().manual_seed(1)
     examples = [data.Example(torch.randint(3, 97, (a + b,), generator=g).tolist(), a)
                 for a, b in ((5, 3), (1, 9), (12, 1), (7, 7), (2, 2), (30, 4), (4, 1))]
@@ -1132,7 +1132,7 @@ def test_options_are_chosen_per_token_or_calibrated():
 
 
 def test_prompts_are_the_template_or_helms():
-    # kills: a sixth example; the test file's rows as MMLU's examples; examples beyond the window; the scored row shown
+    # kills: a sixth example; the test file's rows as MMLU's examples; examples beyond the window, or none within it
     t = tokenizer()
     with folder() as path:
         found = evaluation.read_scenarios(helm_folder(path))
@@ -1162,7 +1162,7 @@ def test_prompts_are_the_template_or_helms():
 
 
 def test_generation_ends_behind_a_stop_piece():
-    # kills: stop ignored; a finished row written on; stop taken for EOS when it is None
+    # kills: stop ignored; a finished row written on
     lm, prompts = tiny_lm(), [random_tokens(n, seed=n).tolist() for n in (3, 9, 5, 7, 2)]
     free = model.generate(lm, prompts, 12, 1)
     stop = Counter(sum(free, [])).most_common(1)[0][0]
