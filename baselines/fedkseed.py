@@ -110,29 +110,26 @@ class Client:
 
     @torch.no_grad()
     def update(self, t: int, payload: Payload, examples, m: int) -> tuple[Payload, dict]:
-        cfg, eps, losses = self.cfg, self.cfg.kseed_eps, []
+        cfg, eps, tau, losses = self.cfg, self.cfg.kseed_eps, self.cfg.local_steps, []
         seeds = candidates(payload["seed"].item(), len(payload["a"]))
         self.restart(payload)
-        drawn = self.draw(payload, generator(cfg.seed, t, m))
-        g = torch.zeros(cfg.local_steps)
-        for k, batch in enumerate(examples.batches(cfg.local_steps, cfg.batch_size, (cfg.seed, t, m))):
-            seed = seeds[drawn[k]]
-            step_along(self.w, seed, eps)
+        p = payload["p"].cpu() if "p" in payload else torch.ones(len(seeds))
+        j, g = torch.multinomial(p, tau, True, generator=generator(cfg.seed, t, m)), torch.zeros(tau)
+        for k, batch in enumerate(examples.batches(tau, cfg.batch_size, (cfg.seed, t, m))):
+            step_along(self.w, seeds[j[k]], eps)
             above = self.loss(batch)
-            step_along(self.w, seed, -2 * eps)
+            step_along(self.w, seeds[j[k]], -2 * eps)
             below = self.loss(batch)
-            g[k] = (above - below) / (2 * eps)
-            if not g[k].isfinite():
-                g[k] = 0                                                # such a step moves nothing, here and in a replay
-            step_along(self.w, seed, eps - cfg.lr * g[k].item())        # back, and w <- w - eta g z, in one pass
-            losses.append((above + below) / 2)
-        losses = [loss for loss in losses if math.isfinite(loss)]
-        if len(losses) < cfg.local_steps:
-            print(f"note: round {t}, client {m}: {cfg.local_steps - len(losses)} of {cfg.local_steps} steps had no finite "
-                  f"loss and moved nothing", file=sys.stderr)
+            if math.isfinite(above - below):                            # else the step moves nothing, here and in a replay
+                g[k] = (above - below) / (2 * eps)
+                losses.append((above + below) / 2)
+            step_along(self.w, seeds[j[k]], eps - cfg.lr * g[k].item())  # back, and w <- w - eta g z, in one pass
+        if len(losses) < tau:
+            print(f"note: round {t + 1}, client {m}: {tau - len(losses)} of {tau} steps had no finite loss and moved "
+                  f"nothing", file=sys.stderr)
         if not losses:
-            raise UserError(f"round {t}, client {m}: no step had a finite loss; try a smaller --lr")
-        return {"j": drawn.int(), "g": g}, {"loss": sum(losses) / len(losses)}
+            raise UserError(f"round {t + 1}, client {m}: no step had a finite loss; try a smaller --lr")
+        return {"j": j.int(), "g": g}, {"loss": sum(losses) / len(losses)}
 
     def restart(self, payload: Payload):
         """The round's weights into `w`: the accumulator replayed from w0, by whoever joins and whenever."""
@@ -143,11 +140,6 @@ class Client:
             self.held = payload["a"].cpu().clone()
         for p, start in zip(self.w, self.start):
             p.copy_(start)
-
-    def draw(self, payload: Payload, rng) -> Tensor:
-        if "p" in payload:
-            return torch.multinomial(payload["p"].cpu(), self.cfg.local_steps, True, generator=rng)
-        return torch.randint(len(payload["a"]), (self.cfg.local_steps,), generator=rng)
 
     def loss(self, batch) -> float:
         batch = batch.to(self.w[0].device)
