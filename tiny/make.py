@@ -261,7 +261,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("data", "tokenizer", "model", "small"), help="just one of the parts")
     parser.add_argument("--steps", type=int, default=4900, help=f"of {BATCH} examples each")
-    parser.add_argument("--small-steps", type=int, default=1000, help="of the small model")
+    parser.add_argument("--small-steps", type=int, default=900, help="of the small model")
     parser.add_argument("--minutes", type=float, default=0, help="let the schedule end earlier, by the clock")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=float, default=300, help="seconds between those checkpoints")
