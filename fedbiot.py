@@ -46,6 +46,7 @@ class Config:
     align_steps: int = option(10, "alignment steps between rounds (E)")
     lr: float = option(1e-4, "learning rate of the clients (eta); the paper searches 1e-5..1e-4")
     server_lr: float = option(1e-4, "learning rate of the alignment")
+    # PAPER SILENT: lambda and epsilon come from a grid search whose result is not given.
     kl_weight: float = option(1.0, "weight of the KL in the alignment (lambda)")
     prox: float = option(0.01, "weight of the clients' pull towards what was broadcast (epsilon)")
     rank: int = option(8, "LoRA rank")
@@ -271,6 +272,7 @@ class Server:
     split = staticmethod(lambda n, cfg: layer_extract(n, cfg.adapter, cfg.dropout))
 
     def new_optimizer(self):
+        # PAPER SILENT: whether its state lives on from round to round. It does, unless --align-renew.
         return torch.optim.AdamW(self.emulated.values(), lr=self.cfg.server_lr, betas=(0.9, 0.95))
 
     def bootstrap(self) -> Payload:
@@ -374,6 +376,7 @@ class Client:
         cfg, losses = self.cfg, []
         copy_into(self.received, payload)
         pairs = self.proximal_pairs({name: p.detach().clone() for name, p in self.tuned.items()})
+        # PAPER SILENT: the clients' betas; the alignment's. New in every round: a client keeps nothing.
         optimizer = torch.optim.AdamW(self.tuned.values(), lr=cfg.lr, betas=(0.9, 0.95))
         for batch in examples.batches(cfg.local_steps, cfg.batch_size, (cfg.seed, t, m)):
             batch = batch.to(self.lm.output.weight.device)
