@@ -81,10 +81,10 @@ def run(folder: Path, argv: list[str]) -> dict:
     """The summary of the run in `folder`, which is made or finished first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not (folder / "summary.json").is_file():
-        with open(folder.with_suffix(".out"), "a") as log:
+        with open(f"{folder}.out", "a") as log:
             code = subprocess.run(argv, stdout=log, stderr=log).returncode
         if code:
-            raise SystemExit(f"{' '.join(argv)}\nended with status {code}; see {folder.with_suffix('.out')}")
+            raise SystemExit(f"{' '.join(argv)}\nended with status {code}; see {folder}.out")
     return json.loads((folder / "summary.json").read_text())
 
 
