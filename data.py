@@ -13,6 +13,7 @@ import io
 import json
 import os
 import random
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -324,9 +325,12 @@ class Shard:
 
 
 def make_shards(task: str, data_dir, tokenizer, clients: int, max_len: int, seed: int,
-                hold_out: int = 0) -> list[Shard]:
-    """The clients' training data of a task, one Shard a client, without the file's last `hold_out` rows."""
+                hold_out: int = 0, strip_annotations: bool = False) -> list[Shard]:
+    """The clients' training data of a task, one Shard a client, without the file's last `hold_out` rows.
+    GSM8K's calculator annotations `<<48/2=24>>` stay in, as in the authors' code, unless they are stripped."""
     rows = READERS[task](data_dir)
+    if strip_annotations:
+        rows = [row._replace(output=re.sub("<<[^<>]*>>", "", row.output)) for row in rows]
     examples = Examples(rows[:max(len(rows) - hold_out, 0)], tokenizer, max_len, f"{task}'s training data")
     return [Shard(examples, part) for part in partition([row.label for row in examples.rows], clients, seed)]
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import baselines
-from data import CLIENTS, MAX_LEN, make_public, make_shards
+from data import CLIENTS, MAX_LEN, make_public, make_shards, read_gsm8k
 from eval import BUNDLED_CKPT, BUNDLED_DATA, TASKS, Parser, evaluate, gsm8k_shots, main_guard, pick_device, pick_dtype
 from fedbiot import Config, Payload, Wire, federate, misfit, option, payload_bytes
 from lora import start_from
@@ -68,6 +68,7 @@ class RunConfig(Config):
     eval_every: int = option(0, "rounds between evaluations (0: only at the end)")
     eval_limit: int = option(0, "first N test examples (0: all)")
     validate: int = option(0, "hold out the last N training rows and score those, not the test set (gsm8k)")
+    strip_annotations: bool = option(False, "take GSM8K's <<48/2=24>> out of the training answers")
     eval_batch: int = option(64, "sequences generated at a time")
     device: str = option("auto", "cpu, cuda, cuda:1, …; auto: a GPU where there is one")
     dtype: str = option("auto", "of the frozen weights; auto: bf16 on CUDA, else fp32",
@@ -604,12 +605,17 @@ def device_of(cfg: RunConfig) -> torch.device:
     return device
 
 
+def shards_of(cfg: RunConfig, tokenizer) -> list:
+    return make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len, cfg.seed, cfg.validate,
+                       cfg.strip_annotations)
+
+
 def serve_clients(cfg: RunConfig, processes: Processes) -> int:
     """A rank above 0. Tokenizer and data are read here; of the model there is only what the server sends."""
     torch.set_num_threads(cfg.threads)
     with notes(processes):
         tokenizer = load_tokenizer(cfg.ckpt, ModelConfig.read(cfg.ckpt))
-        shards = make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len, cfg.seed, cfg.validate)
+        shards = shards_of(cfg, tokenizer)
     device = device_of(cfg)
     processes.connect(cfg, device)
     processes.serve(lambda bootstrap: baselines.module_of(cfg.method).Client(bootstrap, cfg, device), shards)
@@ -660,8 +666,10 @@ def run(argv=None, processes: Processes | None = None) -> int:
         wire = processes
         wire.connect(cfg, device)
     full, tokenizer = load(cfg.ckpt, dtype=pick_dtype(cfg.dtype, device), device=device)
-    shards = make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len, cfg.seed, cfg.validate)
+    shards = shards_of(cfg, tokenizer)
     public = make_public(cfg.data_dir, tokenizer, cfg.max_len)
+    if cfg.task == "gsm8k":
+        read_gsm8k(cfg.data_dir, "test")                            # a bad file is refused now, not after training
     print_plan(costs, model_config, cfg)
     print(f"{'run':16}  {folder}\n", flush=True)
     method = baselines.module_of(cfg.method)
