@@ -6,6 +6,7 @@ or the server, draws its batches from). FedBiOT section 5.1 and appendix; Alpaca
 
     shards = make_shards("gsm8k", "tiny/data", tokenizer, clients=3, max_len=256, seed=0)
 """
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -67,7 +68,8 @@ def find_file(data_dir, name: str) -> Path:
     except OSError as error:                            # urllib's errors are OSErrors
         raise UserError(f"{path}: not there, and {url} cannot be fetched ({error}); download it to that path") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):              # --data-dir is a file
+            part.unlink()
     return path
 
 

@@ -376,9 +376,25 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def check_records(path: Path):
+    """A mapped archive is trusted to say itself where a record's bytes begin, unlike one that is read: a damaged
+    length there would shift a tensor. torch.save aligns each record to 64 and lets no more than its 0, 16 or
+    24 bytes of trailer follow."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        records = sorted(archive.infolist(), key=lambda r: r.header_offset)
+        for record, end in zip(records, [r.header_offset for r in records[1:]] + [archive.start_dir]):
+            file.seek(record.header_offset)
+            header = file.read(30)
+            start = record.header_offset + 30 + sum(int.from_bytes(header[i:i + 2], "little") for i in (26, 28))
+            if start % 64 or end - start - record.file_size not in (0, 16, 24) or record.compress_type:
+                raise ValueError(f"{record.filename} does not lie where torch.save would have put it")
+
+
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """A .pth or .bin file, mapped where its format allows; weights_only: code in it is never run."""
     try:
+        if zipfile.is_zipfile(path):
+            check_records(path)
         try:
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except RuntimeError as error:

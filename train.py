@@ -360,7 +360,10 @@ class Processes:
             backend = "nccl" if own_gpu else "gloo"
             for rank in range(1, self.world):
                 self.post(f"to {rank}", [mine, backend])
+            for rank in range(1, self.world):
                 self.wait(f"from {rank}")
+            for rank in range(1, self.world):                           # nobody connects before all are well
+                self.post(f"to {rank}", "connect")
         else:
             theirs, backend = self.wait(f"to {self.rank}")
             free = ("out", "device", "threads", "ckpt", "proxy_ckpt", "data_dir", "init_lora", "tensorboard")
@@ -368,6 +371,7 @@ class Processes:
                 raise UserError(f"rank {self.rank}: was started with --{flag.replace('_', '-')} {mine[flag]}, rank 0 "
                                 f"with {theirs.get(flag)}; give all hosts the same flags")
             self.post(f"from {self.rank}", "ready")
+            self.wait(f"to {self.rank}")
         self.place = device if backend == "nccl" else torch.device("cpu")
         if self.place.type == "cuda":
             torch.cuda.set_device(device)
@@ -629,9 +633,12 @@ def main(argv=None) -> int:
     processes = Processes()
     try:
         status = run(argv, processes)
-    except (UserError, KeyboardInterrupt, SystemExit) as error:
-        status = {UserError: 2, KeyboardInterrupt: 130}.get(type(error)) or error.code
-        if processes.end(status) or isinstance(error, SystemExit):
+    except SystemExit as ended:
+        processes.end(ended.code)
+        raise
+    except BaseException as error:
+        status = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)     # 1: a bug, with its traceback
+        if processes.end(status) or status == 1:
             raise
         sys.exit(status)                                        # another rank has said why
     processes.end(status)
