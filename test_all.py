@@ -16,10 +16,17 @@ import json
 import math
 import os
 import re
+import shutil
+import socket
 import struct
 import subprocess
+import multiprocessing
+import resource
+import signal
+import tracemalloc
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import unittest
@@ -35,6 +42,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import baselines
 import data
 import eval as evaluation
 import fedbiot
@@ -1234,6 +1242,284 @@ def test_damaged_scenario_files_are_refused_by_name():
             (root / name).write_bytes(good)
 
 
+# ---- a model's programs -------------------------------------------------------------------------
+
+ONE = {"task_id": "Python/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n", "test": "assert f() == 1\n"}
+
+
+def boxes() -> list:
+    """Python's box in every isolation that works here."""
+    kinds = [kind for kind in ("bwrap", "unshare") if shutil.which(kind)
+             and not evaluation.run_sandboxed(["true"], {}, evaluation.Box(kind))[0]]
+    if not kinds:
+        raise Skip("neither bwrap nor unshare works here")
+    return [evaluation.toolchain("python", [], None, kind, None) for kind in kinds]
+
+
+def processes_with(text: str) -> list[int]:
+    """Processes of this machine that were started with `text` in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            found += [int(path.parent.name)] if text.encode() in path.read_bytes() else []
+        except OSError:
+            pass
+    return found
+
+
+def attack(body: str, *ways: str, seconds=30):
+    """A hostile body of `f`, which returns 1 where it gets its way. It scores 0 in one of the `ways`; no process and
+    no file is left, and the next program is scored as ever."""
+    for box in boxes():
+        with folder() as path, patch.object(tempfile, "tempdir", str(path)):
+            verdict = evaluation.judge(ONE, "python", textwrap.indent(textwrap.dedent(body).strip("\n"), "    "), box, seconds)
+            assert any(way in verdict for way in ways), f"{box.kind}: {verdict!r}, expected {ways}"
+            assert not list(path.iterdir()) and not processes_with(str(path)), (box.kind, "left behind")
+            assert evaluation.judge(ONE, "python", ONE["canonical_solution"], box) == "passed", box.kind
+
+
+def test_sandbox_stops_a_fork_bomb():
+    # kills: prlimit without --nproc
+    attack("""
+        import os, time
+        for n in range(400):
+            if os.fork() == 0:
+                time.sleep(60)
+        return 1""", "exit status 1", "memory")
+    attack("""
+        import os
+        while True:
+            try: os.fork()
+            except OSError: pass""", "memory", "killed", "time", "processes", seconds=2)
+
+
+def test_sandbox_stops_an_endless_loop_that_ignores_signals():
+    # kills: timeout without -s KILL
+    attack("""
+        import signal
+        for s in range(1, 64):
+            try: signal.signal(s, signal.SIG_IGN)
+            except (OSError, ValueError): pass
+        while True: pass""", "killed", "time", seconds=2)
+
+
+def test_sandbox_stops_endless_output():
+    # kills: watch without its look at the output
+    attack("while True: print('passed ' * 1000)", "output")
+
+
+def test_sandbox_stops_a_20_gb_allocation():
+    # kills: prlimit without --as; watch without the sum over all processes
+    attack("return len(bytearray(20 << 30)) > 0", "exit status 1")
+    attack("""
+        import os
+        for _ in range(4): os.fork()
+        block = b'x' * (200 << 20)
+        return len(block) > 0""", "memory")
+
+
+def test_sandbox_stops_a_program_that_fills_the_disk():
+    # kills: watch without disk_use; prlimit without --fsize
+    attack("""
+        for i in range(10000): open(str(i), 'wb').write(bytes(30 << 20))
+        return 1""", "files", "killed", "time", seconds=5)
+    attack("return open('big', 'wb').write(bytes(100 << 20)) > 0", "exit status 1")
+
+
+def test_sandbox_outlives_a_program_that_kills_its_parent():
+    # kills: no PID namespace
+    attack("""
+        import os
+        for pid in (os.getppid(), 1, -1):
+            try: os.kill(pid, 9)
+            except OSError: pass
+        os._exit(0)""", "killed", "left", "exit status")
+
+
+def test_sandbox_is_read_only_but_for_the_programs_own_folder():
+    # kills: --bind in place of --ro-bind; no --remount-ro
+    target = HERE / "evil"
+    attack(f"""
+        done = []
+        for name in ('/', '/usr', '/tmp', '/dev', '/dev/shm', '/etc', '/var/tmp', '/home', '/root', '/old', '/proc/sys/kernel',
+                     '..', {str(HERE)!r}, {tempfile.gettempdir()!r}):
+            try: done.append(open(name + '/evil', 'w').write('x'))
+            except OSError: pass
+        open('mine', 'w').write('x')
+        return len(done) > 0""", "exit status 1")
+    assert not target.exists() and not Path("/tmp/evil").exists()
+
+
+def test_sandbox_shows_none_of_the_users_files():
+    # kills: --ro-bind / /
+    attack(f"""
+        import os
+        for name in ('/etc/shadow', '/etc/passwd', '~/.ssh', '~/.bashrc', '/old/etc', '/proc/1/root/etc/shadow', '/var', '/home',
+                     {str(HERE / 'eval.py')!r}, {str(HERE / 'tiny')!r}):
+            name = os.path.expanduser(name)
+            try: return os.listdir(name) and 1
+            except OSError: pass
+            try: return open(name).read() and 1
+            except OSError: pass
+        return any(word in os.environ for word in ('USER', 'LOGNAME', 'SSH_AUTH_SOCK', 'TERM'))""", "exit status 1")
+
+
+def test_sandbox_has_no_network():
+    # kills: no network namespace
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
+        local.bind("\0fedbiot-" + str(os.getpid()))         # abstract: such a name is reachable without a file
+        local.listen()
+        attack(f"""
+            import socket
+            for family, name in ((socket.AF_INET, ('127.0.0.1', {server.getsockname()[1]})), (socket.AF_INET, ('1.1.1.1', 53)),
+                                 (socket.AF_UNIX, '\\0fedbiot-{os.getpid()}')):
+                try: return socket.socket(family).connect(name) is None
+                except OSError: pass""", "exit status 1")
+
+
+def test_sandbox_lets_no_daemon_live():
+    # kills: no count of the processes after the program
+    attack("""
+        import os, time
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0: time.sleep(1000)
+            os._exit(0)
+        os.wait()
+        return 1""", "left a process behind")
+
+
+def test_sandbox_gives_no_rights():
+    # kills: no setpriv; no chroot, in which user namespaces are refused
+    if os.getuid() and "--disable-userns" not in subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout:
+        raise Skip("this bwrap cannot refuse user namespaces")
+    attack("""
+        import ctypes, re
+        rights = re.findall('Cap(?:Eff|Prm|Bnd).([0-9a-f]+)', open('/proc/self/status').read())
+        return any(int(right, 16) for right in rights) or ctypes.CDLL(None).unshare(0x10000000) == 0""", "exit status 1")
+
+
+def test_a_program_cannot_say_that_it_passed():
+    # kills: exit status 0 taken as a pass
+    for end in ("raise SystemExit(0)", "os._exit(0)", "os.execv('/bin/true', ['true'])"):
+        attack(f"import os\nprint('passed', 'OK', '1 passed', flush=True)\n{end}", "left before the end of its tests")
+    attack("print(open('main.py').read()); return 1", "exit status 1")
+
+
+def test_without_a_sandbox_programs_are_refused():
+    # kills: unsafe by default
+    with patch.object(evaluation.shutil, "which", lambda name: None):
+        refused(evaluation.make_box, "bwrap", "--unsafe-no-sandbox")
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            assert evaluation.make_box(unsafe=True).kind == "none" and "no sandbox" in said.getvalue()
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
+    # kills: 1 - (1 - c/n)^k; C(n, k) with n - c in its place
+    for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if c <= n and k <= n:
+            draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            assert math.isclose(evaluation.pass_at_k(n, c, k), sum(map(any, draws)) / len(draws), abs_tol=1e-12), (n, c, k)
+
+
+def test_completions_end_where_their_function_does():
+    # kills: the last brace; braces in strings and comments; a comment at the margin; closing what is open
+    cut = evaluation.truncate_completion
+    body = "    x = '''\nnot the end\n'''\n# nor this\n    return x\n"
+    assert cut(body + "\nprint(f())\n", "python") == body + "\n" and cut(body + "def g():\n    pass\n", "python") == body
+    for lang in ("cpp", "go"):
+        body = '    if (a) { s = "}}"; } // }\n    /* } */ c = \'}\';\n    return s;\n}'
+        assert cut(body + "\nint main() { }\n", lang) == body + "\n", lang
+        assert cut("    if (a) {\n    return 1;\n", lang) == "    if (a) {\n    return 1;\n", lang
+    helper = "    return g(1)\n}\n\nfunc g(x int) int {\n    return x\n}"
+    assert cut(helper + "\n\nfunc main() {\n}\n", "go") == helper + "\n"
+    whole = "        return g();\n    }\n    int g() { return 1; }\n}"
+    assert cut(whole + "\nclass Other { }\n", "java") == whole + "\n"
+    assert cut("        return 1;\n    }\n    int g() {", "java") == "        return 1;\n    }\n}\n"
+    assert cut("        while (true) {\n", "java") == "        while (true) {\n"
+
+
+def test_go_imports_what_the_program_uses():
+    # kills: the official list alone
+    row = {"task_id": "Go/0", "import": 'import (\n    "math"\n)', "prompt": 'import (\n    "math"\n)\n// by math.Abs\nfunc F() int {\n',
+           "test_setup": 'package main\n\nimport (\n    "testing"\n    "time"\n)\n', "test": "func TestF(t *testing.T) {\n}\n"}
+    program = evaluation.program_of(row, "go", "    return strings.Count(s, t)\n}\n")
+    assert re.findall(r'"(\S+)"', program) == ["testing", "strings"], program
+
+
+def problems_and(path: Path, lines) -> Path:
+    """A data folder with the problem ONE, and a file of predictions in it."""
+    file = path / "humaneval_x" / "python" / "humaneval_python.jsonl.gz"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(gzip.compress(json.dumps(ONE).encode()))
+    (path / "samples.jsonl").write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return path / "samples.jsonl"
+
+
+def test_canonical_solutions_pass_and_wrong_ones_fail():
+    # kills: the last word before the tests; tests not joined to the program
+    boxes()
+    wrong = {"python": "    return None\n", "cpp": "    return {};\n}\n", "go": '    panic("wrong")\n}\n',
+             "java": '        throw new RuntimeException("wrong");\n    }\n}\n'}
+    with folder() as path:
+        rows = []
+        for word, lang in evaluation.LANGS.items():
+            row = evaluation.read_problems(evaluation.BUNDLED_DATA, lang)[f"{word}/0"]
+            rows += [{"task_id": row["task_id"], "generation": text} for text in (row["canonical_solution"], wrong[lang])]
+        (path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        result = evaluation.score_code(path / "s.jsonl", evaluation.BUNDLED_DATA)
+    ran = {lang: r for lang, r in result.items() if "not run" not in r}
+    assert set(result) == set(evaluation.LANGS.values()) and "python" in ran
+    assert all(r == {"problems": 1, "passed": 1, "samples": 2, "pass@1": 0.5} for r in ran.values()), result
+    if len(ran) < 4:
+        raise Skip("; ".join(f"{lang}: {r['not run']}" for lang, r in result.items() if "not run" in r))
+
+
+def test_scoring_goes_on_where_it_was_stopped():
+    # kills: verdicts by row number; a half-written line read as the end
+    boxes()
+    right, wrong = ({"task_id": "Python/0", "generation": f"    return {n}\n"} for n in (1, 2))
+    with folder() as path:
+        samples, judged = problems_and(path, [right, wrong, right]), []
+        first = evaluation.score_code(samples, path)
+        assert first == {"python": {"problems": 1, "passed": 1, "samples": 3, "pass@1": 2 / 3}}, first
+        results = Path(f"{samples}.results.jsonl")
+        lines = results.read_text().splitlines()
+        assert len(lines) == 2                                          # equal samples are run once
+        results.write_text(lines[0] + "\n" + lines[1][:20])
+        real = evaluation.judge
+        with patch.object(evaluation, "judge", lambda *a, **k: judged.append(a[2]) or real(*a, **k)):
+            assert evaluation.score_code(samples, path) == first and len(judged) == 2       # the probe, and what was lost
+            assert evaluation.score_code(samples, path) == first and len(judged) == 2
+
+
+def test_a_language_without_its_tools_is_not_run():
+    # kills: 0 for it
+    boxes()
+    with folder() as path:
+        samples = problems_and(path, [{"task_id": "Python/0", "generation": "    return 1\n"}])
+        which = shutil.which
+        with patch.object(evaluation.shutil, "which", lambda name: None if name == "python3" else which(name)):
+            assert evaluation.score_code(samples, path) == {"python": {"not run": "no python3 on PATH"}}
+
+
+def test_mistakes_in_code_predictions_are_one_line_each():
+    # kills: any of the checks
+    good = {"task_id": "Python/0", "generation": ""}
+    for lines, k, words in (([good, {**good, "task_id": "Rust/0"}], 0, ("row 2", "Rust/0", "Java")),
+                            ([good, {**good, "task_id": "Python/9"}], 0, ("row 2", "Python/9")),
+                            ([good, "{\n"], 0, ("samples.jsonl, line 2",)), ([{"task_id": 3}], 0, ("row 1", "task_id")),
+                            ([good], 2, ("--k 2", "Python/0", "1"))):
+        with folder() as path:
+            samples = problems_and(path, lines)
+            refused(lambda: evaluation.score_code(samples, path, k), *words)
+    with folder() as path:
+        samples = problems_and(path, [good])
+        (path / "humaneval_x/python/humaneval_python.jsonl.gz").write_bytes(b"no archive")
+        refused(lambda: evaluation.score_code(samples, path), "humaneval_python.jsonl.gz")
+        refused(lambda: evaluation.main(["--task", "rosetta", "--predictions", str(samples)]), "--run-code")
+
+
 # ---- FedBiOT ------------------------------------------------------------------------------------
 
 def config(**changes) -> fedbiot.Config:
@@ -2400,6 +2686,507 @@ def test_the_readmes_map_of_the_paper_points_at_code_that_says_so():
                 assert wanted <= named(source, where), f"README.md: {paper}: {place} names {sorted(named(source, where))}"
     covered = {n for paper, *_ in rows for n in named(paper, "Eq\\.")}
     assert covered == set(range(3, 12)) and {"Algorithm 1", "Algorithm 2"} <= {r[0] for r in rows}, covered
+
+
+# ---- processes, kills, attacks ------------------------------------------------------------------
+
+def free_port() -> str:
+    try:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            return str(s.getsockname()[1])
+    except OSError as error:
+        raise Skip(f"no port can be opened here ({error})") from None
+
+
+def process(env: dict, argv: list, log: str, change: str):
+    """What a process of these tests runs: train.py, after one change of the world around it."""
+    os.environ.update(env)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False, buffering=1) for fd in (1, 2))
+    train.evaluate = scored
+    if change:
+        globals()[change]()
+    evaluation.main_guard(lambda: train.main(argv))
+
+
+def start(log: Path, *argv, change="", **env) -> multiprocessing.Process:
+    context = multiprocessing.get_context("forkserver")         # one import of torch for all of them
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
+    job = context.Process(target=process, args=(env, [str(a) for a in argv], str(log), change))
+    job.start()
+    return job
+
+
+def ranks(path: Path, world: int, *argv, change="", own=lambda rank: []) -> tuple[list, list]:
+    """(exit statuses, outputs) of train.py on so many ranks."""
+    port, jobs = free_port(), []
+    for rank in range(world):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        jobs.append(start(path / f"log{rank}", *argv, *own(rank), change=change, **{k: str(v) for k, v in env.items()}))
+    for job in jobs:
+        job.join(60)
+        if job.is_alive():
+            job.kill()
+    return [job.exitcode for job in jobs], [(path / f"log{rank}").read_text() for rank in range(world)]
+
+
+def assert_same_run(run: Path, other: Path):
+    assert outcome(run) == outcome(other), f"{outcome(run)}\n{outcome(other)}"
+    assert same(*(torch.load(p / "lora.pt", weights_only=True) for p in (run, other)))
+
+
+def first_rank_is_slow():
+    original = fedbiot.Client.update
+
+    def update(self, t, *args):
+        time.sleep(0.3 if os.environ["RANK"] == "1" else 0)
+        return original(self, t, *args)
+    fedbiot.Client.update = update
+
+
+def test_more_processes_give_the_same_bits():
+    # kills: summed as they arrive; the same client twice; a client's number by its rank; header counted as payload
+    with folder() as path, patch.object(train, "evaluate", scored):
+        flags = small_run(path) + ["--rounds", 2]
+        for clients, worlds in ((["--clients", 4], (2, 3, 4)), (["--clients", 2], (4,)),
+                                (["--clients", 6, "--clients-per-round", 1], (3,))):
+            name = "-".join(map(str, clients))
+            assert cli(*flags, *clients, "--out", path / name)[0] == 0
+            for world in worlds:
+                run = path / f"{name}-{world}"
+                statuses, texts = ranks(path, world, *flags, *clients, "--out", run, change="first_rank_is_slow")
+                assert statuses == [0] * world, texts
+                assert "round 2" in texts[0] and not any(texts[1:]), "only rank 0 prints"
+                assert_same_run(run, path / name)
+
+
+def test_every_method_runs_over_processes():
+    # kills: no expected() for a method; FedTT+ on a rank that missed a round; tensors of an unknown dtype
+    with folder() as path, patch.object(train, "evaluate", scored):
+        flags = small_run(path) + ["--rounds", 2, "--clients", 2]
+        for method, *more in (["offsite", "--clients", 1], ["fedavg"], ["fedkseed-pro"], ["fedtt+"],
+                              ["fedpt", "--proxy-ckpt", path / "ckpt", "--proxy-steps", 2]):
+            argv = *flags, "--method", method, *more
+            if method == "offsite":
+                argv = *argv, "--adapter", 1
+            status, _, err = cli(*argv, "--out", path / method)
+            assert status == 0, err
+            statuses, texts = ranks(path, 3, *argv, "--out", path / f"{method}-3")
+            assert statuses == [0] * 3, texts
+            assert_same_run(path / method, path / f"{method}-3")
+
+
+def test_a_client_rank_needs_no_weights():
+    # kills: load() on every rank; a bf16 tensor that gloo cannot send
+    with folder() as path, patch.object(train, "evaluate", scored):
+        flags = small_run(path) + ["--rounds", 1, "--dtype", "bf16"]
+        shutil.copytree(path / "ckpt", path / "bare", ignore=shutil.ignore_patterns("*.pth"))
+        assert cli(*flags, "--out", path / "one")[0] == 0
+        statuses, texts = ranks(path, 2, *flags, "--out", path / "two",
+                                own=lambda rank: ["--ckpt", path / "bare"] if rank else [])
+        assert statuses == [0, 0], texts
+        assert_same_run(path / "one", path / "two")
+
+
+def test_an_error_on_any_rank_ends_all_in_one_line():
+    # kills: rank 0 waits for ever; every rank prints; the others end with status 0
+    with folder() as path:
+        flags = small_run(path) + ["--rounds", 1, "--out", path / "run"]
+        for own, *words in ((lambda rank: ["--rank", 0], "--rank 0"),
+                            (lambda rank: ["--data-dir", path / "ckpt" / "params.json"] if rank == 2 else [], "train.jsonl"),
+                            (lambda rank: ["--lr", 0.5] if rank == 1 else [], "rank 1", "--lr 0.5", "0.001"),
+                            (lambda rank: ["--lr", 1e30], "client", "--lr")):
+            statuses, texts = ranks(path, 3, *flags, own=own)
+            errors = re.findall("^error: .*$", "\n".join(texts), re.M)
+            assert statuses == [2, 2, 2] and len(errors) == 1, (statuses, texts)
+            assert all(word in errors[0] for word in words) and "Traceback" not in "".join(texts), texts
+
+
+def second_client_is_very_slow():
+    original = fedbiot.Client.update
+
+    def update(self, t, payload, shard, m):
+        time.sleep(4 if (t, m) == (0, 1) else 0)
+        return original(self, t, payload, shard, m)
+    fedbiot.Client.update = update
+
+
+def test_a_slow_client_is_left_out_of_the_round():
+    # kills: waits for it; takes its late upload in the next round; its weight still in the average; never comes back
+    def without_one(self, t, payload, client, shards, chosen, expected, round=fedbiot.Wire.round):
+        return round(self, t, payload, client, shards, [m for m in chosen if (t, m) != (0, 1)], expected)
+    with folder() as path, patch.object(train, "evaluate", scored):
+        flags = small_run(path) + ["--rounds", 2, "--client-timeout", 1.5]
+        with patch.object(fedbiot.Wire, "round", without_one):
+            assert cli(*flags, "--out", path / "one")[0] == 0
+        before = time.perf_counter()
+        statuses, texts = ranks(path, 4, *flags, "--out", path / "four", change="second_client_is_very_slow")
+        assert statuses[0] == 0 and time.perf_counter() - before < 20, texts
+        assert re.findall("^.*left out.*$", texts[0], re.M) == [
+            "round 1, client 1: left out, no upload within --client-timeout 1.5 s"], texts[0]
+        assert_same_run(path / "one", path / "four")
+
+
+def second_client_claims_a_giant():
+    original = train.header_of
+    if os.environ["RANK"] == "2":
+        train.header_of = lambda upload: [[name, dtype, [10**9, *shape]] for name, dtype, shape in original(upload)]
+
+
+def test_what_a_header_claims_is_not_allocated():
+    # kills: memory for whatever a client says that it sends; the next order never heard
+    with folder() as path, patch.object(train, "evaluate", scored):
+        flags = small_run(path) + ["--rounds", 2]
+        statuses, texts = ranks(path, 4, *flags, "--out", path / "run", change="second_client_claims_a_giant")
+        assert statuses == [0] * 4, texts
+        lines = re.findall("^round . client 1: rejected.*$", texts[0].replace(",", ""), re.M)
+        assert len(lines) == 2 and all("1000000000" in line for line in lines), texts[0]
+
+
+KILLS_ITSELF = """
+import os, signal, sys
+sys.path[:0] = [{here!r}]
+import fedbiot, test_all, train
+from eval import main_guard
+update = fedbiot.Client.update
+def dies(self, t, *args):
+    if (t, os.environ["TORCHELASTIC_RESTART_COUNT"]) == (1, "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(self, t, *args)
+fedbiot.Client.update, train.evaluate = dies, test_all.scored
+main_guard(train.main)
+"""
+
+
+def test_torchrun_restarts_a_killed_client_from_the_last_round():
+    # kills: a restart refuses the folder that exists; starts at round 0; loses a row
+    with folder() as path, patch.object(train, "evaluate", scored):
+        free_port()
+        flags = [str(x) for x in small_run(path) + ["--rounds", 2]]
+        assert cli(*flags, "--out", path / "one")[0] == 0
+        (path / "dies.py").write_text(KILLS_ITSELF.format(here=str(HERE)))
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                               "--max-restarts", "2", path / "dies.py", *flags, "--out", path / "two"],
+                              capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("round 1 |") == done.stdout.count("round 2 |") == 1, done.stdout
+        assert_same_run(path / "one", path / "two")
+
+
+def test_two_hosts_over_loopback():
+    # kills: ranks counted a host; the server's address taken for local
+    with folder() as path:
+        port = free_port()
+        flags = [str(x) for x in small_run(path) + ["--rounds", 1, "--eval-limit", 1, "--out", path / "two"]]
+        hosts = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(i),
+                                   "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port,
+                                   HERE / "train.py", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                 for i in range(2)]
+        try:
+            texts = [host.communicate(timeout=120) for host in hosts]
+        finally:
+            for host in hosts:
+                host.kill()
+        assert [host.returncode for host in hosts] == [0, 0], texts
+        assert "round 1 |" in texts[0][0] and not texts[1][0]
+        assert cli(*flags[:-1], path / "one")[0] == 0
+        assert_same_run(path / "one", path / "two")
+
+
+def test_killed_at_any_moment_nothing_is_lost(kills=6):
+    # kills: state written in place; the log ahead of the state; a .part file taken for the state
+    rng = np.random.default_rng(0)
+    with folder() as path, patch.object(train, "evaluate", scored):
+        flags = small_run(path) + ["--rounds", 12, "--eval-every", 4]
+        start(path / "log", *flags, "--plan").join()                           # the fork server imports torch
+        began = time.perf_counter()
+        start(path / "log", *flags, "--out", path / "whole").join()
+        whole = time.perf_counter() - began
+        for _ in range(kills):
+            job = start(path / "log", *flags, "--out", path / "run", "--resume")
+            job.join(rng.uniform(0.2, 0.7) * whole)
+            job.kill()
+            job.join()
+        job = start(path / "log", *flags, "--out", path / "run", "--resume")
+        job.join()
+        assert job.exitcode == 0, (path / "log").read_text()
+        assert_same_run(path / "run", path / "whole")
+
+
+def disk_is_full():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))     # room for a log, not for a state
+
+
+def test_a_full_disk_keeps_the_old_state():
+    # kills: written in place; a traceback; a torn file left behind; status 0
+    with folder() as path, patch.object(train, "evaluate", scored):
+        flags = small_run(path) + ["--eval-every", 1]
+        with patch.object(train.Run, "evaluate_if_due", side_effect=KeyboardInterrupt):
+            status, _, err = cli(*flags, "--out", path / "run")
+        assert status == 130 and err.count("\n") == 1
+        before = (path / "run" / "state.pt").read_bytes()
+        job = start(path / "log", *flags, "--out", path / "run", "--resume", change="disk_is_full")
+        job.join()
+        text = (path / "log").read_text()
+        assert job.exitcode == 2 and len(re.findall("^error: .*state.pt: cannot be written.*$", text, re.M)) == 1, text
+        assert "Traceback" not in text and (path / "run" / "state.pt").read_bytes() == before
+        assert not list((path / "run").glob("*.part"))
+        assert cli(*flags, "--out", path / "run", "--resume")[0] == cli(*flags, "--out", path / "whole")[0] == 0
+        assert_same_run(path / "run", path / "whole")
+
+
+class OneOfThemIsHostile:
+    """In place of a Client: the honest one, but for what `change` makes of client 1's upload."""
+
+    def __init__(self, client, change):
+        self.client, self.change = client, change
+
+    def update(self, t, payload, shard, m):
+        upload, metrics = self.client.update(t, payload, shard, m)
+        return (copied(upload), dict(metrics)) if m != 1 else self.change(copied(upload), dict(metrics))
+
+
+def first_of(upload):
+    return next(iter(upload))
+
+
+def edited(change):
+    """What a client sends when `change(upload)` has been at its tensors."""
+    def both(upload, metrics):
+        change(upload)
+        return upload, metrics
+    return both
+
+
+HOSTILE = {"missing": edited(lambda u: u.pop(first_of(u))), "'extra'": edited(lambda u: u.update(extra=torch.ones(1))),
+           "[1]": edited(lambda u: u.update({first_of(u): torch.ones(1)})),
+           "float64": edited(lambda u: u.update({n: p.double() for n, p in u.items()})),
+           "finite": edited(lambda u: u[first_of(u)].view(-1)[0].fill_(math.nan)),
+           "not all": edited(lambda u: u[first_of(u)].view(-1)[-1].fill_(-math.inf)),
+           "its numbers": lambda u, metrics: (u, {"loss": math.nan}), "numbers are": lambda u, metrics: (u, {}),
+           "--max-update-norm 10": edited(lambda u: u.update({n: p + 3 for n, p in u.items()})),
+           "more than": edited(lambda u: u[first_of(u)].fill_(3e38))}         # its square overflows fp32
+
+
+def test_hostile_uploads_are_rejected_and_the_rest_averaged():
+    # kills: each check in turn; the rejected client's weight kept; norm in fp32; round counted from 0
+    shards = [toy_shard(0, 6), toy_shard(6, 12), toy_shard(12, 40)]
+    short = {"rounds": 1, "align_init": 0, "local_steps": 1}
+    twin, other = pair(**short)
+    down = copied(twin.broadcast(0))
+    ups = {m: other.update(0, down, shards[m], m)[0] for m in (0, 2)}
+    mean = {n: (6 * ups[0][n].double() + 28 * ups[2][n].double()) / 34 for n in ups[0]}
+    for reason, change in HOSTILE.items():
+        server, client = pair(**short)
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            run_rounds(server, OneOfThemIsHostile(client, change), shards)
+        line = err.getvalue()
+        assert line.startswith("round 1, client 1: rejected, ") and reason in line and line.count("\n") == 1, (reason, line)
+        assert off([server.tuned[n].detach() for n in mean], mean.values()) < 1e-6, reason
+    server, client = pair(**short, max_update_norm=0.0)
+    run_rounds(server, OneOfThemIsHostile(client, HOSTILE["--max-update-norm 10"]), shards)
+    assert off([server.tuned[n].detach() for n in mean], mean.values()) > 0.1, "0 switches the bound off"
+    server, _ = pair(**short)
+    refused(lambda: run_rounds(server, AllAreEmpty(), shards), "round 1", "no client")
+
+
+class AllAreEmpty:
+    def update(self, t, payload, shard, m):
+        return {}, {"loss": 1.0}
+
+
+def test_hostile_indices_and_scalars_are_harmless_to_fedkseed():
+    # kills: an index past the candidates ends the server; NaN scalars summed
+    method = baselines.module_of("fedkseed")
+    cfg = SimpleNamespace(**vars(config()), method="fedkseed", kseed_candidates=8, kseed_eps=1e-3)
+    server = method.Server(tiny_lm(), None, cfg)
+    up = {"j": torch.tensor([-9, 2**31 - 1, 3]).int(), "g": torch.ones(3)}
+    bad = {"j": up["j"], "g": torch.tensor([1, math.nan, 1])}
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        results = fedbiot.accepted(0, {m: (u, {"loss": 1.0}) for m, u in ((0, up), (1, bad))}, server.expected(0), cfg)
+    assert list(results) == [0] and "client 1: rejected" in err.getvalue()
+    server.aggregate(0, [up], [1.0])
+    assert server.state["a"].sum() == 3 and server.state["a"].isfinite().all()
+
+
+def test_code_in_a_state_is_never_run_and_another_runs_state_is_refused():
+    # kills: weights_only=False; the first difference not named; a damaged byte resumed from
+    with folder() as path, patch.object(train, "evaluate", scored):
+        flags, run = small_run(path), path / "run"
+        with patch.object(train.Run, "evaluate_if_due", side_effect=KeyboardInterrupt):
+            assert cli(*flags, "--out", run)[0] == 130
+        state = torch.load(run / "state.pt", weights_only=True)
+        whole = (run / "state.pt").read_bytes()
+        at = whole.find(state["server"]["learnt"][first_of(state["server"]["learnt"])].numpy().tobytes())
+        Evil.path = str(path / "owned")
+        for content, *words in ((state | {"rows": Evil()}, "state.pt"), (state | {"config": {}}, "--dropout"),
+                                ({}, "state.pt"), ([1], "state.pt"), (state | {"rows": [1]}, "state.pt"),
+                                (state | {"server": {}}, "state.pt"), (state | {"server": {"learnt": {}}}, "state.pt"),
+                                (whole[:at] + b"\xff" + whole[at + 1:], "state.pt"),
+                                (state | {"config": state["config"] | {"seed": 5, "task": "dolly"}}, "--seed 5", "0")):
+            if isinstance(content, bytes):
+                (run / "state.pt").write_bytes(content)
+            else:
+                torch.save(content, run / "state.pt")
+            status, _, err = cli(*flags, "--out", run, "--resume")
+            assert status == 2 and err.count("\n") == 1 and all(w in err for w in words), (words, err)
+            assert not (path / "owned").exists()
+
+
+TOKENS = [b"null", b"-1", b"0", b"1e999", b"NaN", b"true", b"[]", b"{}", b'""', b"9" * 20, b"9" * 5000, b"../x", b"\0"]
+
+
+def mutated(blob: bytes, rng) -> bytes:
+    """One to three bytes, slices or values of a file changed."""
+    out = bytearray(blob)
+    for _ in range(rng.integers(1, 4)):
+        at, n, token = int(rng.integers(len(out) + 1)), int(rng.integers(1, 9)), TOKENS[rng.integers(len(TOKENS))]
+        numbers = [m.span() for m in re.finditer(rb"\d+|\"[^\"]{1,40}\"", out)] or [(at, at)]
+        a, b = numbers[rng.integers(len(numbers))]
+        a, b, new = [(at, at + n, rng.bytes(n)), (at, at + n, b""), (at, at, rng.bytes(n)), (at, len(out), b""),
+                     (at, at + n, token), (a, b, token), (a, b, str(rng.integers(300)).encode())][rng.integers(7)]
+        out[a:b] = new
+    return bytes(out)
+
+
+def raw(t) -> bytes:
+    return t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def check_safetensors(path: Path, lm: LM):
+    blob = (path / "model.safetensors").read_bytes()
+    length = int.from_bytes(blob[:8], "little")
+    header, data_ = json.loads(blob[8:8 + length]), blob[8 + length:]
+    for name, t in hf_state(lm).items():
+        entry = header[name]
+        a, b = map(int, entry["data_offsets"])
+        kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry["dtype"]]
+        assert raw(torch.frombuffer(bytearray(data_[a:b]), dtype=kind).float()) == raw(t), name
+
+
+def check_config(path: Path, c: ModelConfig):
+    if (path / "config.json").exists():
+        j = json.loads((path / "config.json").read_text())
+        assert (c.dim, c.n_layers, c.n_heads, c.vocab_size, c.hidden_dim, c.norm_eps) == (
+            j["hidden_size"], j["num_hidden_layers"], j["num_attention_heads"], j["vocab_size"], j["intermediate_size"],
+            j["rms_norm_eps"])
+    else:
+        j = json.loads((path / "params.json").read_text())
+        assert (c.dim, c.n_layers, c.n_heads, c.norm_eps) == (j["dim"], j["n_layers"], j["n_heads"], j["norm_eps"])
+
+
+def check_rows(path: Path, rows: list):
+    blob = path.read_bytes()
+    text = (gzip.decompress(blob) if path.name.endswith(".gz") else blob).decode()
+    whole = path.name.endswith(".json")
+    found = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
+    assert repr(rows) == repr(found.get("data") if isinstance(found, dict) else found)
+
+
+def too_slow(*_):
+    raise TimeoutError("5 seconds")
+
+
+def small_model(path: Path) -> LM:
+    c = ModelConfig.read(path)
+    if c.vocab_size == -1:
+        raise UserError("the vocabulary is the tokenizer's, and here is none")
+    return model.load_weights(path, c)
+
+
+def fuzzed(seed: int, count: int, path: Path, load, check):
+    """`count` mutations of a file: `load` gives what `check` finds right, or one clear line, within 5 seconds."""
+    rng, blob, right = np.random.default_rng(seed), path.read_bytes(), 0
+    signal.signal(signal.SIGALRM, too_slow)
+    check(load())
+    for i in range(count):
+        path.write_bytes(mutated(blob, rng))
+        signal.alarm(5)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                check(load())
+            right += 1
+        except UserError as error:
+            assert 10 < len(str(error)) < 700 and "Traceback" not in str(error), error
+        except BaseException as error:
+            raise AssertionError(f"{path.name}, mutation {i} of seed {seed}: {error!r:.300}") from error
+        finally:
+            signal.alarm(0)
+    path.write_bytes(blob)
+    return right
+
+
+def test_a_thousand_mutated_files_load_right_or_are_refused_in_one_line():
+    # kills: json.loads unguarded; gap check dropped; no limit on sizes; CRC of a state not checked; shapes unchecked; a mapped record shifted
+    small = dict(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=12, hidden_dim=20)
+    lm, rows = tiny_lm(**small), [{"question": f"{i} + \u00e9?", "answer": str(i)} for i in range(9)]
+    params = {**PARAMS, **{k: v for k, v in small.items() if k in PARAMS}, "multiple_of": 20, "ffn_dim_multiplier": 0.4}
+    with folder() as path, patch.object(train, "evaluate", scored):
+        meta = meta_folder(path / "meta", lm, **params)
+        one, many = hf_folder(path / "one", lm), hf_folder(path / "many", lm, shards=3)
+
+        def same_model(found):
+            assert same(found.state_dict(), lm.state_dict())
+
+        def only_mutated_bytes(found):
+            bytes_of = [b"".join(map(raw, x.state_dict().values())) for x in (found, lm)]
+            assert sum(a != b for a, b in zip(*bytes_of, strict=True)) <= 24, "three slices of eight bytes at most"
+        for name, text in (("d.jsonl", "\n".join(map(json.dumps, rows))), ("d.json", json.dumps(rows))):
+            (path / name).write_text(text)
+        (path / "d.jsonl.gz").write_bytes(gzip.compress((path / "d.jsonl").read_bytes()))
+        flags = small_run(path)
+        with patch.object(train.Run, "evaluate_if_due", side_effect=KeyboardInterrupt):
+            cli(*flags, "--out", path / "run")
+        args = vars(train.make_parser().parse_args(flags))
+        cfg = train.resolve({k: v for k, v in args.items() if k not in ("resume", "plan", "json")})
+        original = train.load_state(path / "run", cfg)
+
+        def same_state(state):
+            assert same(state["server"]["learnt"], original["server"]["learnt"]) and state["rows"] == original["rows"]
+            assert repr(state["server"]["optimizer"]) == repr(original["server"]["optimizer"])
+        right = [fuzzed(0, 150, one / "model.safetensors", lambda: small_model(one), lambda m: check_safetensors(one, m)),
+                 fuzzed(1, 150, meta / "consolidated.00.pth", lambda: small_model(meta), only_mutated_bytes),
+                 fuzzed(2, 100, many / "model.safetensors.index.json", lambda: small_model(many), same_model),
+                 fuzzed(3, 150, meta / "params.json", lambda: small_model(meta).config, lambda c: check_config(meta, c)),
+                 fuzzed(4, 150, one / "config.json", lambda: small_model(one).config, lambda c: check_config(one, c)),
+                 *(fuzzed(5, 67, path / n, lambda n=n: data.read_rows(path / n), lambda r, n=n: check_rows(path / n, r))
+                   for n in ("d.jsonl", "d.json", "d.jsonl.gz")),
+                 fuzzed(6, 100, path / "run" / "state.pt", lambda: train.load_state(path / "run", cfg), same_state)]
+        assert sum(right) > 50, f"mutations that load all the same: {right}"
+
+
+def test_a_gzip_bomb_is_bounded():
+    # kills: no limit on what is unpacked
+    with folder() as path:
+        with gzip.open(path / "bomb.jsonl.gz", "wb", 9) as file:
+            for _ in range(80):
+                file.write(b" " * 2**20)
+        with patch.object(data, "LARGEST", 2**24):
+            tracemalloc.start()
+            refused(lambda: data.read_rows(path / "bomb.jsonl.gz"), "bomb", "16,777,216")
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert peak < 5 * 2**24, f"{peak:,} bytes for a limit of 16 MB"
+
+
+def test_a_thousand_clients_take_the_memory_of_ten():
+    # kills: results of clients that were not chosen; a copy of the examples, or of the model, a client
+    with folder() as path:
+        flags = small_run(path) + ["--rounds", 2]
+        gsm8k_folder(path / "data", train_rows=1200)
+        peaks = []
+        for clients in (10, 1000):
+            job = start(path / "log", *flags, "--clients", clients, "--clients-per-round", 10, "--out", path / str(clients),
+                        "--batch-size", 4)
+            job.join()
+            assert job.exitcode == 0, (path / "log").read_text()
+            peaks.append(json.loads((path / str(clients) / "summary.json").read_text())["peak_memory_bytes"])
+        assert peaks[1] < peaks[0] + 30e6, peaks
 
 
 # ---- runner -------------------------------------------------------------------------------------
