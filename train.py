@@ -38,7 +38,7 @@ PAPER = {"rounds": 500, "local_steps": 30, "lr": 1e-4, "server_lr": 1e-4, "shots
 PRESETS = {"paper": {}, "official-code": {"align_tokens": "all", "prox": 0.0, "uniform_weights": True,
                                           "align_renew": True}}
 METHOD = {"fedkseed": {"local_steps": 200, "lr": 3e-7}, "fedkseed-pro": {"local_steps": 200, "lr": 3e-7}}
-METHOD_BUNDLED = {"fedkseed": {"lr": 3e-5}, "fedkseed-pro": {"lr": 3e-5}}
+METHOD_BUNDLED = {"fedkseed": {"lr": 1e-3}, "fedkseed-pro": {"lr": 1e-3}}
 
 ONCE = {"prox", "align_steps", "align_renew"}           # what alignment before the first round leaves idle
 EMULATOR = ONCE | {"dropout", "adapter", "kl_weight", "align_init", "align_norm", "align_tokens"}
