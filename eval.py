@@ -1,21 +1,35 @@
 """Evaluation: GSM8K, HumanEval-X, question answering; a finished run, a checkpoint, or a file of predictions.
 
 In order: the machine (device, dtype, threads); GSM8K (prompts, extraction, numeric comparison);
-question answering (HELM's scenarios); evaluate (any task); runs (a finished run's models again, or
+question answering (HELM's scenarios); the sandbox; HumanEval-X; evaluate (any task); runs (a finished run's models again, or
 exported); the command line.
 
     python eval.py --run runs/gsm8k-fedbiot-b0.2-s2-seed0 --model adapfu
     python eval.py --ckpt tiny/llama --task gsm8k --limit 100
     python eval.py --ckpt llama-2-7b --data-dir data --task dolly --limit 200
     python eval.py --task gsm8k --predictions answers.jsonl
+    python eval.py --task rosetta --predictions samples.jsonl --run-code
 """
 import argparse
+import hashlib
 import json
+import math
 import os
 import re
+import resource
+import secrets
+import shlex
 import shutil
+import signal
 import string
+import subprocess
 import sys
+import tarfile
+import tempfile
+import time
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
@@ -346,15 +360,492 @@ def print_scenarios(result: dict):
     print(f"{'average':43} {result['accuracy']:7.2%} {result['total']:10}")
 
 
+# ---- sandbox ------------------------------------------------------------------------------------
+
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/ld.so.cache")
+SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+PROCESSES, FILE_MB, OUTPUT_MB = 128, 64, 4      # of any program; time and memory are the caller's to say
+# What bwrap does, by hand. $1: the new root, $2: the program's folder, $3: how many folders to show; these; the command.
+UNSHARE = """
+root=$1 folder=$2 n=$3; shift 3
+mount -t tmpfs -o mode=755,size=1m tmpfs "$root"; cd "$root"; mkdir -p proc old dev
+show() { if [ -d "$1" ]; then mkdir -p ".$1"; else mkdir -p ".${1%/*}"; : > ".$1"; fi; mount --rbind "$1" ".$1"; }
+while [ $n -gt 0 ]; do
+    if [ -L "$1" ]; then ln -s "$(readlink "$1")" ".$1"; else show "$1"; mount -o remount,bind,ro ".$1"; fi
+    shift; n=$((n - 1))
+done
+for device in null zero random urandom; do show /dev/$device; done
+ln -s /proc/self/fd dev/fd; mount -t proc proc proc; show "$folder"; mount -o remount,bind,ro "$root"
+pivot_root . old; cd /; umount -l /old; exec "$@"
+"""
+# In a chroot a program cannot make a user namespace, in which it would be root and could mount memory without end.
+JAIL = 'mount --rbind / /old && exec chroot /old sh -c \'cd "$HOME" && exec "$@"\' sh "$@"'
+
+
+class Box(NamedTuple):
+    """How a program is kept apart, and what it is given."""
+    kind: str                   # bwrap, unshare or none
+    shown: tuple = ()           # folders that it may read, besides the system's
+    env: tuple = ()             # its environment: (name, value) pairs
+
+
+def make_box(unsafe: bool = False) -> Box:
+    """The first isolation that works here; none at all only where the user accepts that."""
+    for kind in ("bwrap", "unshare"):
+        if shutil.which(kind) and not run_sandboxed(["true"], {}, Box(kind))[0]:
+            return Box(kind)
+    if not unsafe:
+        raise UserError("--run-code: expected bwrap or unshare to keep a model's programs apart, neither works here; "
+                        "install bubblewrap, or accept the risk with --unsafe-no-sandbox")
+    print("note: no sandbox: the programs can reach your files and the network", file=sys.stderr)
+    return Box("none")
+
+
+def run_sandboxed(command: list, files: dict, box: Box, seconds=10.0, memory_mb=1024, address_mb=12288) -> tuple[str, str]:
+    """Runs `command` in a fresh folder with `files`. ("" or a limit or "exit status N", the end of its output).
+
+    It has PID, mount, network and IPC namespaces of its own, reads the toolchain's folders and nothing else, has no
+    capability and, under root, a user id of its own. Resident memory is bounded for all its processes together.
+    """
+    base = Path(tempfile.mkdtemp(prefix="fedbiot-sandbox-")).resolve()
+    folder = base / "work"
+    # Limits on processes do not bind root. systemd's dynamic users: no account has these.
+    uid = 61184 + base.stat().st_ino % 4336 if os.getuid() == 0 and box.kind != "none" else None
+    env = {"PATH": SYSTEM_PATH, "HOME": str(folder), "TMPDIR": str(folder), "LANG": "C.UTF-8", **dict(box.env)}
+    try:
+        folder.mkdir(), (base / "root").mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8", errors="replace")
+        for path in (folder, *folder.iterdir()) if uid else ():
+            os.chown(path, uid, uid)
+        with tempfile.TemporaryFile() as output:
+            argv = isolate(base, box) + restrict(uid, box, seconds, address_mb) + command
+            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=folder, env=env,
+                                       start_new_session=True)
+            try:
+                why = watch(process, output, folder, seconds, memory_mb)
+            finally:
+                stop(process)
+            output.seek(max(0, output.seek(0, os.SEEK_END) - 10000))
+            text = output.read().decode(errors="replace")
+        return why or (f"exit status {process.returncode}" if process.returncode else ""), text
+    finally:                                # not shutil.rmtree: it recurses, so a deep tree would stop it
+        subprocess.run(["sh", "-c", 'chmod -R u+rwX "$1"; rm -rf "$1"', "sh", base], stderr=subprocess.DEVNULL)
+
+
+def isolate(base: Path, box: Box) -> list:
+    """What stands in front of a program to give it namespaces and a file tree of its own."""
+    folder, shown = str(base / "work"), [p for p in SYSTEM if os.path.lexists(p)] + list(box.shown)
+    if box.kind == "unshare":
+        user = [] if os.getuid() == 0 else ["--map-root-user"]
+        return ["unshare", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child", *user,
+                "sh", "-ec", UNSHARE, "sh", str(base / "root"), folder, str(len(shown)), *shown, "sh", "-c", JAIL, "sh"]
+    if box.kind == "none":
+        return []
+    argv = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--die-with-parent", "--as-pid-1"]
+    for path in [*shown, folder]:           # --dir: the parents that bwrap makes unasked only root may enter
+        argv += [word for above in reversed(Path(path).parents[:-1]) for word in ("--dir", str(above))]
+        how = "--symlink" if os.path.islink(path) else "--bind" if path == folder else "--ro-bind"
+        argv += [how, os.readlink(path) if how == "--symlink" else path, path]
+    if os.getuid():                         # JAIL needs rights that only root has here
+        known = subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
+        argv += ["--unshare-user", "--disable-userns"] if "--disable-userns" in known else []
+    return argv + ["--proc", "/proc", "--dev", "/dev", "--dir", "/old", "--remount-ro", "/dev", "--remount-ro", "/",
+                   "--chdir", folder, "--", *([] if os.getuid() else ["sh", "-c", JAIL, "sh"])]
+
+
+def restrict(uid: int | None, box: Box, seconds: float, address_mb: int) -> list:
+    """What limits a program and takes its rights. `timeout` is the namespace's init: nothing inside can kill it, and
+    all that is left when it ends is killed with it, even if we were killed before."""
+    argv = ["timeout", "-s", "KILL", str(seconds + 5), "prlimit"]
+    for name, value in (("nproc", PROCESSES), ("fsize", FILE_MB << 20), ("as", address_mb << 20), ("nofile", 512), ("core", 0)):
+        hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
+        argv.append(f"--{name}={value if hard == resource.RLIM_INFINITY else min(value, hard)}")
+    user = ["--reuid", str(uid), "--regid", str(uid), "--clear-groups"] if uid else []
+    if uid or box.kind == "unshare":
+        argv += ["setpriv", *user, "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all"]
+    return argv
+
+
+def watch(process, output, folder: Path, seconds: float, memory_mb: int) -> str:
+    """Waits for the program's end ("") or for it to go over a limit (which)."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            process.wait(0.05)
+            return ""
+        except subprocess.TimeoutExpired:
+            resident = tree(process.pid)
+        if sum(resident.values()) > memory_mb << 20:
+            return "memory"
+        if len(resident) > PROCESSES + 4:
+            return "processes"
+        if os.fstat(output.fileno()).st_size > OUTPUT_MB << 20:
+            return "output"
+        if disk_use(folder) > FILE_MB << 22:
+            return "files"
+    return "time"
+
+
+def tree(root: int) -> dict[int, int]:
+    """Process id -> resident bytes, of a process and all below it. An orphan falls to its namespace's init, so it stays."""
+    above, resident = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            stat = path.read_text(errors="replace").rsplit(")", 1)[1].split()       # a name may hold anything
+        except OSError:                                                             # it ended in between
+            continue
+        above[int(path.parent.name)] = int(stat[1])
+        resident[int(path.parent.name)] = int(stat[21]) * resource.getpagesize()
+    found, new = set(), {root}
+    while new:
+        found |= new
+        new = {pid for pid, parent in above.items() if parent in found} - found
+    return {pid: resident.get(pid, 0) for pid in found}
+
+
+def disk_use(folder) -> float:
+    """Bytes of all files below; what cannot be looked into counts as too much."""
+    total, folders = 0, [folder]
+    while folders:
+        try:
+            for entry in os.scandir(folders.pop()):
+                total += 512 * entry.stat(follow_symlinks=False).st_blocks + 512
+                folders += [entry.path] if entry.is_dir(follow_symlinks=False) else []
+        except FileNotFoundError:           # deleted in between
+            continue
+        except OSError:
+            return math.inf
+    return total
+
+
+def stop(process):
+    """Kills what is left: the namespace's init and all else below, then what stood in front."""
+    for pid in tree(process.pid).keys() - {process.pid} if process.poll() is None else ():
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+# ---- HumanEval-X --------------------------------------------------------------------------------
+
+LANGS = {"Python": "python", "CPP": "cpp", "Go": "go", "Java": "java"}      # task_id's word: folder
+TOOLS = {"python": ("python3",), "cpp": ("g++",), "go": ("go",), "java": ("javac", "java")}
+SOURCES = {"python": "main.py", "cpp": "main.cpp", "go": "main_test.go", "java": "Main.java"}
+RUN_SECONDS, COMPILE_SECONDS = 15, 90
+JVM = "-Xmx512m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -XX:-UsePerfData"
+# The source is gone before its program starts, so that this cannot read its tests or their last word.
+DRIVER = ("import os; exec(compile([open('main.py').read(), os.remove('main.py')][0], 'main.py', 'exec'), "
+          "dict(__name__='__main__'))")
+COMPILE = {
+    "python": "",
+    # Two problems include boost/any.hpp; where it is not installed, C++17's own class stands in.
+    "cpp": "set -- -std=c++11; grep -q '<openssl/' main.cpp && set -- -std=c++11 -lcrypto; "
+           "if grep -q '<boost/any.hpp>' main.cpp && [ ! -e /usr/include/boost/any.hpp ]; then mkdir boost; set -- -std=c++17 -I.; "
+           "echo '#include <any>' > boost/any.hpp; echo 'namespace boost { using namespace std; }' >> boost/any.hpp; fi; "
+           'g++ -w -o main main.cpp "$@" && rm main.cpp || exit 99; ',
+    "go": "go test -c -vet=off -gcflags=-lang=go1.18 -ldflags=-s -o main main_test.go && rm main_test.go || exit 99; ",
+    "java": f"javac -J{JVM.replace(' ', ' -J')} -nowarn -proc:none Main.java && rm Main.java || exit 99; "}
+RUN = {"python": f"{shlex.quote(sys.executable)} -I -B -c {shlex.quote(DRIVER)}", "cpp": "./main", "go": "./main",
+       "java": f"java {JVM} -cp . Main"}
+# In a PID namespace /proc shows its own processes alone: there must be no more after the program than before.
+ALONE = "set -- /proc/[0-9]*; n=$#; {}; s=$?; set -- /proc/[0-9]*; [ $s -ne 0 ] || [ $# -le $n ] || exit 98; exit $s"
+ENDS = {"exit status 99": "not compiled", "exit status 98": "left a process behind", "exit status 137": "killed or out of time"}
+# What CodeGeeX's evaluation imports in front of a program.
+PYTHON_HEAD = "".join(f"import {name}\n" for name in "math re sys copy datetime itertools collections heapq statistics "
+                      "functools hashlib string".split()) + "from typing import *\nfrom collections import *\n"
+CPP_HEADERS = "stdlib.h algorithm math.h stdio.h vector string climits cstring iostream".split()
+GO_PACKAGES = "math strings fmt strconv time bytes regexp sort math/rand crypto/md5".split()
+# What the tests say last, and before how many of their closing braces.
+LAST_WORD = {"python": (0, "\n__import__('os').write(1, b'{}')\n"), "cpp": (1, '\n__builtin_puts("{}");\n'),
+             "go": (1, '\nif !t.Failed() {{ println("{}") }}\n'), "java": (2, '\nSystem.out.println("{}");\n')}
+STRING = r'"(?:\\.|[^"\\\n])*"|' r"'(?:\\.|[^'\\\n])*'"
+BRACES = re.compile(r'//[^\n]*|/\*.*?\*/|R"(\w*)\(.*?\)\1"|""".*?"""|`[^`]*`|[{}]|' + STRING, re.S)
+MARGIN = re.compile(r'"""(?:\\.|[^\\])*?"""|' r"'''(?:\\.|[^\\])*?'''|#[^\n]*|^(?=[^\s#)\]}])|" + STRING, re.M)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k) (paper, section 5)."""
+    assert 0 <= c <= n and 1 <= k <= n, (n, c, k)
+    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
+
+
+def brace_ends(text: str, depth: int, wanted: int) -> list[int]:
+    """Where a brace, not one in a comment or a string, closes down to the wanted depth."""
+    ends = []
+    for match in BRACES.finditer(text):
+        depth += (match[0] == "{") - (match[0] == "}")
+        ends += [match.end()] if match[0] == "}" and depth == wanted else []
+    return ends
+
+
+def truncate_completion(text: str, lang: str) -> str:
+    """The text up to the function's end (Java: its class's), with Go's helpers right behind it. What does not end is
+    returned whole: closing its braces would make another program of it."""
+    if lang == "python":                            # a comment or a string at the margin ends nothing
+        return text[:next((match.start() for match in MARGIN.finditer(text) if not match[0]), None)]
+    ends = brace_ends(text, 2 if lang == "java" else 1, 0)
+    if lang == "java" and not ends:                 # whole methods, but the prompt's class is left open
+        methods = brace_ends(text, 2, 1)
+        return text[:methods[-1]] + "\n}\n" if methods else text
+    while lang == "go" and ends:
+        helper = re.match(r"(?:\s|//[^\n]*\n)*func (\w+)\(", text[ends[0]:])
+        more = brace_ends(text[ends[0]:], 0, 0)
+        if not (helper and more and re.search(rf"\b{helper[1]}\(", text[:ends[0]])):
+            break
+        ends[0] += more[0]
+    return text[:ends[0]] + "\n" if ends else text
+
+
+def program_of(row: dict, lang: str, body: str) -> str:
+    """Prompt, completion and tests in one file, as CodeGeeX's evaluation joins them."""
+    text = row["prompt"] + body + "\n" + row["test"]
+    if lang == "python":
+        return PYTHON_HEAD + text
+    if lang == "cpp":
+        head = "".join(f"#include<{name}>\n" for name in CPP_HEADERS if name not in row["prompt"])
+        return f"{head}{row['prompt']}{body}\n#undef NDEBUG\n#include<assert.h>\n{row['test']}"
+    if lang == "go":
+        # DIFFERS: imports those packages that are used. The official list is the canonical solution's, and since Go
+        # refuses an unused import, it fails right programs that need fewer.
+        text = text.replace(row["import"], "", 1)
+        known = re.findall(r'"([^"\n]+)"', row["test_setup"] + row["import"]) + GO_PACKAGES
+        code = re.sub(r"//[^\n]*", "", text)
+        used = [p for p in dict.fromkeys(known) if re.search(rf"\b{p.rsplit('/')[-1]}\.", code)]
+        return "package main\nimport (\n" + "".join(f'"{p}"\n' for p in used) + ")\n" + text
+    return text
+
+
+def judge(row: dict, lang: str, body: str, box: Box, seconds: float = RUN_SECONDS) -> str:
+    """"passed", or why not. Exit status 0 proves nothing, since a program may leave before its tests: the tests' last
+    statement must have said a word that did not exist when the program was written.
+
+    Not stopped, here as in the official evaluation: a program that searches its own memory for that word, or returns
+    an object that equals everything.
+    """
+    word, program = secrets.token_hex(16), program_of(row, lang, body)
+    braces, statement = LAST_WORD[lang]
+    at = len(program)
+    for _ in range(braces):
+        at = program.rindex("}", 0, at)
+    program = program[:at] + statement.format(word) + program[at:]
+    run = f"timeout -s KILL {seconds} {RUN[lang]}"
+    script = COMPILE[lang] + (run if box.kind == "none" else ALONE.format(run))
+    why, output = run_sandboxed(["sh", "-c", script], {SOURCES[lang]: program}, box, seconds + (COMPILE_SECONDS if COMPILE[lang] else 1),
+                                address_mb=12288 if lang in ("go", "java") else 2048)
+    if not why:
+        return "passed" if word in output else "left before the end of its tests"
+    return ENDS.get(why, why)
+
+
+def toolchain(lang: str, rows: list[dict], data_dir, kind: str, scratch: Path) -> Box | str:
+    """The box in which a language's programs run, or why they cannot run here."""
+    found = [shutil.which(tool) for tool in TOOLS[lang]]
+    if None in found:
+        return f"no {TOOLS[lang][found.index(None)]} on PATH"
+    found = [sys.executable] if lang == "python" else [p if p.startswith("/usr/") else os.path.realpath(p) for p in found]
+    shown = {sys.prefix, sys.base_prefix} if lang == "python" else {str(Path(os.path.realpath(p)).parents[1]) for p in found}
+    shown = {p for p in shown if not f"{p}/".startswith("/usr/")} | {str(p) for p in Path("/etc").glob("java*") if lang == "java"}
+    if any(Path.home().is_relative_to(p) for p in shown):
+        return f"{found[0]} cannot be shown to a program without the home folder"
+    env = {"PATH": ":".join([*dict.fromkeys(os.path.dirname(p) for p in found), SYSTEM_PATH]), "OPENBLAS_NUM_THREADS": "1"}
+    if lang == "go":
+        env |= {"GO111MODULE": "off", "GOPATH": str(scratch / "path"), "GOCACHE": str(scratch / "cache"), "GOMAXPROCS": "2",
+                "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOMEMLIMIT": "800MiB", "HOME": str(scratch)}
+        if why := prepare_go(rows, data_dir, scratch, env):
+            return why
+        shown |= {env["GOPATH"], env["GOCACHE"]}
+        del env["HOME"]
+    return Box(kind, tuple(sorted(shown)), tuple(env.items()))
+
+
+def prepare_go(rows: list[dict], data_dir, scratch: Path, env: dict) -> str:
+    """Compiles once what all tests import, to share (then 0.4 s a program, not many); "" or what is missing."""
+    packages = sorted({p for row in rows for p in re.findall(r'"([^"\n]+)"', row["test_setup"])} | set(GO_PACKAGES))
+    (scratch / "path").mkdir(), (scratch / "cache").mkdir()
+    if any("." in p for p in packages):
+        try:
+            archive = find_file(data_dir, "humaneval_x/go/evaluation/vendor.tar.gz")
+        except UserError as error:
+            return str(error)
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(scratch, filter="data")
+            (scratch / "vendor").rename(scratch / "path" / "src")       # GOPATH's word for what a module calls vendor
+        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+            raise UserError(f"{archive}: expected the tests' Go modules as a .tar.gz ({error}); download it again") from None
+    (scratch / "main_test.go").write_text("package main\n" + "".join(f'import _ "{p}"\n' for p in packages))
+    done = subprocess.run(["go", "test", "-c", "-vet=off", "-o", "none", "main_test.go"], cwd=scratch, env=env, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    subprocess.run(["chmod", "-R", "a+rX", scratch], check=True)
+    return f"go cannot build the tests' imports: {done.stdout.strip()[-200:]}" if done.returncode else ""
+
+
+def read_problems(data_dir, lang: str) -> dict[str, dict]:
+    path = find_file(data_dir, f"humaneval_x/{lang}/humaneval_{lang}.jsonl.gz")
+    rows = read_rows(path)
+    fields(rows, path, ("task_id", "prompt", "canonical_solution", "test") + ("import", "test_setup") * (lang == "go"))
+    return {row["task_id"]: row for row in rows}
+
+
+def read_verdicts(path: Path) -> dict[str, str]:
+    """What an earlier scoring, perhaps killed in mid-line, has found."""
+    verdicts = {}
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
+        try:
+            row = json.loads(line)
+            verdicts[row["key"]] = row["verdict"]
+        except (ValueError, KeyError, TypeError):
+            pass
+    return verdicts
+
+
+class Sample(NamedTuple):
+    key: str                    # of the program: equal samples are run once
+    lang: str
+    row: dict                   # the problem
+    body: str                   # the completion, cleaned up
+
+
+def read_samples(path, data_dir) -> list[Sample]:
+    """A file of {"task_id": "Python/0", "generation": the text after the prompt}; a problem's rows are its samples."""
+    pairs, problems, samples = fields(read_rows(Path(path)), path, ("task_id", "generation")), {}, []
+    for i, (task_id, generation) in enumerate(pairs, 1):
+        lang = LANGS.get(task_id.split("/")[0])
+        if not lang:
+            raise UserError(f"{path}, row {i}: expected a task_id of {', '.join(LANGS)}, as Python/0, found {task_id!r}")
+        problems[lang] = problems.get(lang) or read_problems(data_dir, lang)
+        if task_id not in problems[lang]:
+            raise UserError(f"{path}, row {i}: no problem {task_id!r} in humaneval_x/{lang} of {data_dir}; see --data-dir")
+        row, body = problems[lang][task_id], truncate_completion(generation, lang)
+        text = f"{task_id}\n{program_of(row, lang, body)}"
+        samples.append(Sample(hashlib.sha256(text.encode(errors="replace")).hexdigest(), lang, row, body))
+    return samples
+
+
+def score_code(predictions, data_dir, k: int = 0, workers: int = 0, unsafe: bool = False) -> dict:
+    """Runs every sample: {language: {"problems", "passed" (by any sample), "samples", "pass@1", …} or {"not run": why}}.
+
+    Verdicts go to PREDICTIONS.results.jsonl as they come, and a stopped scoring goes on from there.
+    """
+    samples, results = read_samples(predictions, data_dir), Path(f"{predictions}.results.jsonl")
+    counts = Counter(sample.row["task_id"] for sample in samples)
+    for task_id, n in counts.items():
+        if n < k:
+            raise UserError(f"--k {k}: expected that many samples of each problem, {task_id} has {n}; choose 1..{n}")
+    verdicts = read_verdicts(results)
+    todo, missing = {s.key: s for s in samples if s.key not in verdicts}, {}
+    kind = make_box(unsafe).kind if todo else ""
+    with tempfile.TemporaryDirectory(prefix="fedbiot-tools-") as scratch:
+        boxes = {}
+        for lang in dict.fromkeys(s.lang for s in todo.values()):
+            rows = list({s.row["task_id"]: s.row for s in samples if s.lang == lang}.values())
+            box = working_box(lang, rows, data_dir, kind, Path(scratch))
+            (boxes if isinstance(box, Box) else missing)[lang] = box
+        todo = [s for s in todo.values() if s.lang in boxes]
+        for sample, verdict in run_samples(todo, boxes, workers):
+            verdicts[sample.key] = verdict
+            append(results, {"task_id": sample.row["task_id"], "verdict": verdict, "key": sample.key})
+    return {lang: {"not run": missing[lang]} if lang in missing else
+            summarize([s for s in samples if s.lang == lang], verdicts, k)
+            for lang in dict.fromkeys(s.lang for s in samples)}
+
+
+def working_box(lang: str, rows: list[dict], data_dir, kind: str, scratch: Path) -> Box | str:
+    """The toolchain's box, seen to work: a machine without it, or without libcrypto, must not score 0."""
+    box = toolchain(lang, rows, data_dir, kind, scratch)
+    for row in rows[:1] + [row for row in rows[1:] if "<openssl/" in row["prompt"]]:
+        verdict = judge(row, lang, row["canonical_solution"], box) if isinstance(box, Box) else "passed"
+        if verdict != "passed":
+            return f"{row['task_id']}'s own solution does not pass here ({verdict}); is the toolchain complete?"
+    return box
+
+
+def run_samples(samples: list[Sample], boxes: dict, workers: int):
+    """(sample, verdict) of each as it ends, `workers` (0: one a core) at a time."""
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        try:
+            jobs = {pool.submit(judge, s.row, s.lang, s.body, boxes[s.lang]): s for s in samples}
+            for job in tqdm(as_completed(jobs), "run programs", len(jobs), disable=None, leave=False):
+                yield jobs[job], job.result()
+        finally:                                    # Ctrl-C: do not start the rest
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def append(path: Path, row: dict):
+    """One line more; a line that a killed scoring left unfinished is closed first."""
+    whole = not path.exists() or not path.stat().st_size or path.read_bytes()[-1:] == b"\n"
+    with open(path, "a") as file:
+        file.write("\n" * (not whole) + json.dumps(row) + "\n")
+
+
+def summarize(samples: list[Sample], verdicts: dict, k: int) -> dict:
+    """One language. k: those of 1 and 10 that the samples allow, or 1 and the one asked for."""
+    right, counts = Counter(), Counter(s.row["task_id"] for s in samples)
+    for s in samples:
+        right[s.row["task_id"]] += verdicts[s.key] == "passed"
+    n = min(counts.values())
+    return {"problems": len(counts), "passed": sum(c > 0 for c in right.values()), "samples": n} | {
+        f"pass@{k}": sum(pass_at_k(counts[t], right[t], k) for t in counts) / len(counts)
+        for k in sorted({1, k} if k else {k for k in (1, 10) if k <= n})}
+
+
+def sample_code(lm: LM, tokenizer, opts, progress: str) -> list[dict]:
+    """Rows of predictions: `samples` continuations of each problem's prompt, the first `limit` problems of a language."""
+    problems = [row for lang in LANGS.values() for row in list(read_problems(opts.data_dir, lang).values())[:opts.limit or None]]
+    ids = [[tokenizer.bos] + tokenizer.encode(row["prompt"]) for row in problems for _ in range(opts.samples)]
+    heat = (0.0 if opts.samples == 1 else 0.1) if opts.temperature is None else opts.temperature
+    rng = torch.Generator(lm.tok_embeddings.weight.device).manual_seed(opts.seed)
+    texts = generate(lm, ids, opts.max_new_tokens or 512, tokenizer.eos, opts.batch_size, heat, opts.top_k, opts.top_p, rng,
+                     progress=progress)
+    # Decoded behind its prompt, a text keeps the spaces that it begins with.
+    return [{"task_id": problems[i // opts.samples]["task_id"],
+             "generation": tokenizer.decode(prompt + text)[len(tokenizer.decode(prompt)):]}
+            for i, (prompt, text) in enumerate(zip(ids, texts, strict=True))]
+
+
+def score_rosetta(lm: LM, tokenizer, opts, progress: str) -> dict:
+    """pass@1 over the problems that could be run. Without --run-code nothing is run: a sample is right only if it is
+    the canonical solution, white space apart, which is less than what pass@1 would say."""
+    rows = sample_code(lm, tokenizer, opts, progress)
+    with tempfile.TemporaryDirectory(prefix="fedbiot-samples-") as scratch:
+        path = Path(opts.save_predictions or Path(scratch) / "samples.jsonl")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if opts.run_code:
+            langs = score_code(path, opts.data_dir, opts.k, unsafe=opts.unsafe_no_sandbox)
+            ran = [r for r in langs.values() if "not run" not in r]
+            total, right = sum(r["problems"] for r in ran), sum(r["pass@1"] * r["problems"] for r in ran)
+            return {"correct": round(right, 4), "total": total, "accuracy": right / max(total, 1), "metric": "pass@1",
+                    "languages": langs}
+        samples = read_samples(path, opts.data_dir)
+    same = [s.body.split() == truncate_completion(s.row["canonical_solution"], s.lang).split() for s in samples]
+    return accuracy(same, [True] * len(same)) | {"metric": "canonical solution (programs not run: --run-code)"}
+
+
+def print_languages(result: dict):
+    for lang, r in result.items():
+        print(f"{lang:8} not run: {r['not run']}" if "not run" in r else f"{lang:8} {r['passed']:4} of {r['problems']} problems "
+              f"passed   " + "   ".join(f"{name} {value:.2%}" for name, value in r.items() if name.startswith("pass@")))
+
+
 # ---- any task -----------------------------------------------------------------------------------
 
 def evaluate(lm: LM, tokenizer, task: str, opts, progress: str = "evaluate") -> dict:
     """{"correct", "total", "accuracy", …} of a model on a task's test set. `opts` holds data_dir, limit,
-    shots, batch_size, max_new_tokens (0 = the task's), validate (score that many held-out training rows instead)."""
+    shots, batch_size, max_new_tokens (0 = the task's), validate (score that many held-out training rows instead);
+    for code samples, temperature, top_k, top_p, seed, run_code, unsafe_no_sandbox, k, save_predictions."""
     if task == "gsm8k":
         return score_gsm8k(lm, tokenizer, opts, progress)
     if task == "dolly":
         return score_dolly(lm, tokenizer, opts, progress)
+    if task == "rosetta":
+        return score_rosetta(lm, tokenizer, opts, progress)
     raise UserError(f"--task {task}: no evaluation yet")
 
 
@@ -434,12 +925,21 @@ def parse_args(argv=None):
     add("--task", choices=TASKS, help="default: the run's")
     add("--data-dir", help="data folder (default: the run's, or the bundled one)")
     add("--limit", type=int, default=0,
-        help="first N test examples; of each question-answering scenario N, spread over it (0: all)")
+        help="first N test examples, of each programming language; of each question-answering scenario N, spread over it "
+        "(0: all)")
     add("--shots", type=int, help="worked examples in the prompt, for question answering 5 at most "
         "(default: 0 for the bundled model, else 8)")
     add("--prompt", help="print the greedy completion of this text, and nothing else")
     add("--max-new-tokens", type=int, default=0, help="0: the task's (GSM8K 256)")
     add("--predictions", help="score this JSONL file instead of a model")
+    add("--samples", type=int, help="programs a problem (default: the paper's 20, for the bundled model 1)")
+    add("--temperature", type=float, help="of the samples (default: the paper's 0.1; greedy where there is one sample)")
+    add("--top-k", type=int, default=40, help="sample among so many pieces (default the paper's 40; 0: all)")
+    add("--top-p", type=float, default=0.75, help="and among those that hold this probability (default the paper's 0.75)")
+    add("--k", type=int, default=0, help="of pass@k (default: 1, and 10 where there are 10 samples)")
+    add("--run-code", action="store_true", help="run the samples' programs, each in a sandbox, to score them")
+    add("--unsafe-no-sandbox", action="store_true", help="with --run-code: where no sandbox works, run them without one")
+    add("--save-predictions", help="keep the samples in this file, as --predictions reads it")
     add("--export", help="write the model (of --run, or --ckpt) to this new folder, for other tools")
     add("--format", choices=("hf", "meta", "peft"), default="hf", help="merged weights, or LoRA alone (default hf)")
     add("--batch-size", type=int, default=64, help="sequences generated at a time")
@@ -447,13 +947,19 @@ def parse_args(argv=None):
     add("--device", default="auto")
     add("--threads", type=int, default=0, help="CPU threads (0: all cores)")
     add("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(validate=0)
+    parser.set_defaults(validate=0, seed=0)
     args = parser.parse_args(argv)
-    for name in ("limit", "max_new_tokens", "threads"):
+    for name in ("limit", "max_new_tokens", "threads", "k", "top_k"):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
-    if args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: expected 1 or more")
+    args.samples = (20 if args.ckpt else 1) if args.samples is None else args.samples
+    for name in ("batch_size", "samples"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
+    if (args.temperature or 0) < 0 or not 0 < args.top_p <= 1:
+        parser.error(f"--temperature {args.temperature} --top-p {args.top_p}: expected 0 or more, and above 0 up to 1")
+    if args.k > args.samples and not args.predictions:
+        parser.error(f"--k {args.k}: pass@k needs k samples of each problem; --samples is {args.samples}")
     if args.export and (there := Path(args.export)).exists() and not (there.is_dir() and not any(there.iterdir())):
         parser.error(f"--export {there}: exists already and is not empty; choose another name")
     if args.run and args.ckpt:
@@ -475,7 +981,11 @@ def main(argv=None) -> int:
     if args.predictions:
         task = args.task or "gsm8k"
         score = score_dolly_predictions if task == "dolly" else score_gsm8k_predictions
-        report(score(args.predictions, args.data_dir or BUNDLED_DATA), task, args)
+        if task == "rosetta" and not args.run_code:
+            raise UserError("--predictions of rosetta: scoring runs a model's programs; add --run-code if that is wanted")
+        data_dir = args.data_dir or BUNDLED_DATA
+        report(score_code(args.predictions, data_dir, args.k, unsafe=args.unsafe_no_sandbox) if task == "rosetta"
+               else score(args.predictions, data_dir), task, args)
         return 0
     device = pick_device(args.device)
     dtype = None if args.export and args.dtype == "auto" else pick_dtype(args.dtype, device)
@@ -507,8 +1017,12 @@ def report(result: dict, task: str, args):
         print(json.dumps(result))
     elif task == "dolly":
         print_scenarios(result)
+    elif task == "rosetta" and "metric" not in result:
+        print_languages(result)
     else:
-        print(f"{task}: {result['correct']} of {result['total']} correct, accuracy {result['accuracy']:.2%}")
+        print(f"{task}: {result['correct']} of {result['total']} correct, accuracy {result['accuracy']:.2%}"
+              + (f" ({result['metric']})" if "metric" in result else ""))
+        print_languages(result.get("languages", {}))
 
 
 if __name__ == "__main__":
