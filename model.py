@@ -49,7 +49,7 @@ class ModelConfig:
     tied: bool = False             # output.weight is tok_embeddings.weight
 
     def __post_init__(self):
-        for name, most in (("dim", 2**20), ("n_layers", 2**12), ("n_heads", 2**16), ("n_kv_heads", 2**16),
+        for name, most in (("dim", 2**20), ("n_layers", 2**10), ("n_heads", 2**16), ("n_kv_heads", 2**16),
                            ("hidden_dim", 2**22), ("vocab_size", 2**22)):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= most and (name, value) != ("vocab_size", -1):
