@@ -51,6 +51,8 @@ import model
 import train
 from baselines import fedavg, fedkseed, fedpt, fedtt, offsite
 from model import LM, ModelConfig, UserError
+from tasks import code as humaneval
+from tasks import qa, sandbox
 
 HERE = Path(__file__).resolve().parent
 BUNDLED_TOKENIZER = HERE / "tiny" / "llama" / "tokenizer.model"
@@ -1066,7 +1068,7 @@ def test_answers_are_normalised_as_helm_does():
     # kills: articles removed before punctuation; articles inside words; spaces left double; case kept
     for text, expected in (("  The  Cat's,\tA\nhat! ", "cats hat"), ("the-end", "theend"), ("A.", ""),
                            ("Theatre an", "theatre"), ("$5.00", "500"), ("naïve", "naïve")):
-        assert evaluation.normalised(text) == expected, (text, evaluation.normalised(text))
+        assert qa.normalised(text) == expected, (text, qa.normalised(text))
 
 
 def test_metrics_equal_arithmetic_by_hand():
@@ -1077,20 +1079,20 @@ def test_metrics_equal_arithmetic_by_hand():
             ("F1", "red red fish", "the red bird sings", Fraction(2, 5)),    # {red fish}, {red bird sings}: P 1/3, R 1/2
             ("F1", "a b c d", "b", Fraction(1, 2)),                          # {b c d}, {b}: P 1, R 1/3
             ("F1", "x", "y", 0), ("F1", "the", "", 0)):
-        assert math.isclose(evaluation.agreement(metric, gold, text), expected), (metric, gold, text)
-    question = evaluation.Question("?", "", ["no", "a dog", "big dog"])
-    found = evaluation.scored("quac", [question] * 3, ["\n Dog\nbecause", "", "a big, big fish"])
+        assert math.isclose(qa.agreement(metric, gold, text), expected), (metric, gold, text)
+    question = qa.Question("?", "", ["no", "a dog", "big dog"])
+    found = qa.scored("quac", [question] * 3, ["\n Dog\nbecause", "", "a big, big fish"])
     assert found == {"metric": "F1", "score": (1 + 0 + 0.5) / 3, "total": 3}, found
 
 
 def test_official_files_become_helms_questions():
     # kills: labels swapped; the header scored; the training file read; an answer in its own passage
     with folder() as path:
-        found = evaluation.read_scenarios(helm_folder(path))
+        found = qa.read_scenarios(helm_folder(path))
         assert {name: len(q) for name, q in found.items()} == {
             "mmlu": 4, "boolq": 12, "narrativeqa": 3, "naturalquestions_closed": 2, "naturalquestions_open": 2,
             "quac": 3, "hellaswag": 3, "openbookqa": 2}
-        Q = evaluation.Question
+        Q = qa.Question
         assert found["mmlu"][1] == Q("Which, of these?\nA. a, b\nB. c\nC. d\nD. e", "", ["A"], (), "hard logic")
         assert [q.answers for q in found["boolq"][:4]] == [["Yes"], ["No"], ["Yes"], ["No"]]
         assert found["boolq"][1][:2] == ("is it 1?", "P1")
@@ -1115,7 +1117,7 @@ def test_log_likelihoods_match_one_sequence_at_a_time():
         logp = slow_logits(lm, ids[:-1]).log_softmax(-1)
         expected.append(sum(logp[t - 1, ids[t]].item() for t in range(start, len(ids))))
     for batch_size in (1, 3, 64):
-        assert off(evaluation.log_likelihoods(lm, examples, batch_size, "x"), torch.tensor(expected)) < 1e-4
+        assert off(qa.log_likelihoods(lm, examples, batch_size, "x"), torch.tensor(expected)) < 1e-4
 
 
 def test_options_are_chosen_per_token_or_calibrated():
@@ -1123,7 +1125,7 @@ def test_options_are_chosen_per_token_or_calibrated():
     lm, t = tiny_lm(vocab_size=1024), tokenizer()
     words = "red blue cold winter morning seven dogs run over the small green hill again".split()
     options = [tuple(" ".join(words[i:i + n]) for n in (1, 2, 5, 3)) for i in range(9)]
-    questions = [evaluation.Question(f"What is {a} {b}?", "", ["x"], o) for a, b, o in zip(words, words[5:], options)]
+    questions = [qa.Question(f"What is {a} {b}?", "", ["x"], o) for a, b, o in zip(words, words[5:], options)]
 
     def logp(prompt, option):
         ids = [t.bos] + t.encode(prompt)
@@ -1135,7 +1137,7 @@ def test_options_are_chosen_per_token_or_calibrated():
     best = {way: [max(q.options, key=lambda o: score(q.ask, o)) for q in questions] for way, score in ways.items()}
     assert best["hellaswag"] != best["neither"] != best["openbookqa"] != best["hellaswag"], "a case that tells them apart"
     for name in ("hellaswag", "openbookqa"):
-        found = evaluation.choose_options(lm, t, name, questions, qa_opts("", shots=5, batch_size=7), "x")
+        found = qa.choose_options(lm, t, name, questions, qa_opts("", shots=5, batch_size=7), "x")
         assert found == best[name], name
 
 
@@ -1143,12 +1145,12 @@ def test_prompts_are_the_template_or_helms():
     # kills: a sixth example; the test file's rows as MMLU's examples; examples beyond the window, or none within it
     t = tokenizer()
     with folder() as path:
-        found = evaluation.read_scenarios(helm_folder(path))
+        found = qa.read_scenarios(helm_folder(path))
 
         def prompt(name, i, shots, room=10):
             opts = qa_opts(path, shots=shots)
-            q, shown = found[name][i], evaluation.worked_examples(name, found[name], opts)
-            ids = evaluation.question_ids(q, shown[q.subject], opts, room, t)
+            q, shown = found[name][i], qa.worked_examples(name, found[name], opts)
+            ids = qa.question_ids(q, shown[q.subject], opts, room, t)
             assert ids[0] == t.bos and t.bos not in ids[1:]
             return t.decode(ids[1:])
         assert prompt("boolq", 1, 0) == data.prompt_of("is it 1?", "P1")
@@ -1163,9 +1165,9 @@ def test_prompts_are_the_template_or_helms():
         full = prompt("boolq", 1, 8)
         assert full.startswith("Passage: P0\nQuestion: is it 0?\nAnswer: Yes\n\nPassage: P2\n") and full.count("Passage") == 6
         assert full.endswith("\n\nPassage: P1\nQuestion: is it 1?\nAnswer:")
-        with patch.object(evaluation, "WINDOW", len(t.encode(full))):           # without BOS: one too few
+        with patch.object(qa, "WINDOW", len(t.encode(full))):           # without BOS: one too few
             assert prompt("boolq", 1, 8, 0).count("Passage") == 5
-        with patch.object(evaluation, "WINDOW", 3):
+        with patch.object(qa, "WINDOW", 3):
             assert prompt("boolq", 1, 8).count("Passage") == 1, "the question itself is never cut"
 
 
@@ -1189,7 +1191,7 @@ def test_scenarios_are_scored_and_averaged():
             assert [s["total"] for s in found["scenarios"].values()] == totals and found["total"] == sum(totals)
             assert math.isclose(found["accuracy"], sum(scores) / 8)
             assert math.isclose(found["correct"], sum(n * s for n, s in zip(totals, scores)), abs_tol=1e-3)
-        assert evaluation.spread(list(range(10)), 3) == [0, 3, 6]
+        assert qa.spread(list(range(10)), 3) == [0, 3, 6]
         found = quiet(evaluation.evaluate, lm, t, "dolly", qa_opts(helm_folder(part, "boolq"), limit=3))
         assert found["scenarios"]["mmlu"] == {"metric": "exact match", "score": None, "total": 0} and found["total"] == 3
         assert found["accuracy"] == found["scenarios"]["boolq"]["score"]
@@ -1204,7 +1206,7 @@ def test_predictions_of_all_scenarios_are_scored_by_their_indices():
         def score(*rows):
             objects = [dict(zip(("scenario", "index", "text"), row)) for row in rows]
             (path / "p.jsonl").write_text("".join(json.dumps(o) + "\n" for o in objects))
-            return quiet(evaluation.score_dolly_predictions, path / "p.jsonl", path)
+            return quiet(qa.score_dolly_predictions, path / "p.jsonl", path)
         found = score(("mmlu", 2, "D"), ("mmlu", 1, "B"), ("hellaswag", 2, "B"), ("quac", 0, "one two three"),
                       ("openbookqa", 1, "red meat"))
         assert {n: s["score"] for n, s in found["scenarios"].items() if s["total"]} == {
@@ -1238,7 +1240,7 @@ def test_damaged_scenario_files_are_refused_by_name():
                 ("quac/quac_sample.json", b'{"data": 3}', "array"), ("quac/quac_sample.json", b"{", "malformed")):
             good = (root / name).read_bytes()
             (root / name).write_bytes(content)
-            refused(lambda: evaluation.read_scenarios(path), root / name, *words)
+            refused(lambda: qa.read_scenarios(path), root / name, *words)
             (root / name).write_bytes(good)
 
 
@@ -1250,10 +1252,10 @@ ONE = {"task_id": "Python/0", "prompt": "def f():\n", "canonical_solution": "   
 def boxes() -> list:
     """Python's box in every isolation that works here."""
     kinds = [kind for kind in ("bwrap", "unshare") if shutil.which(kind)
-             and not evaluation.run_sandboxed(["true"], {}, evaluation.Box(kind))[0]]
+             and not sandbox.run_sandboxed(["true"], {}, sandbox.Box(kind))[0]]
     if not kinds:
         raise Skip("neither bwrap nor unshare works here")
-    return [evaluation.toolchain("python", [], None, kind, None) for kind in kinds]
+    return [humaneval.toolchain("python", [], None, kind, None) for kind in kinds]
 
 
 def processes_with(text: str) -> list[int]:
@@ -1272,20 +1274,18 @@ def attack(body: str, *ways: str, seconds=30):
     no file is left, and the next program is scored as ever."""
     for box in boxes():
         with folder() as path, patch.object(tempfile, "tempdir", str(path)):
-            verdict = evaluation.judge(ONE, "python", textwrap.indent(textwrap.dedent(body).strip("\n"), "    "), box, seconds)
+            verdict = humaneval.judge(ONE, "python", textwrap.indent(textwrap.dedent(body).strip("\n"), "    "), box, seconds)
             assert any(way in verdict for way in ways), f"{box.kind}: {verdict!r}, expected {ways}"
             assert not list(path.iterdir()) and not processes_with(str(path)), (box.kind, "left behind")
-            assert evaluation.judge(ONE, "python", ONE["canonical_solution"], box) == "passed", box.kind
+            assert humaneval.judge(ONE, "python", ONE["canonical_solution"], box) == "passed", box.kind
 
 
 def test_sandbox_stops_a_fork_bomb():
     # kills: prlimit without --nproc
     attack("""
-        import os, time
-        for n in range(400):
-            if os.fork() == 0:
-                time.sleep(60)
-        return 1""", "exit status 1", "memory")
+        import os
+        for n in range(400): os.posix_spawn('/bin/sleep', ['sleep', '60'], {})
+        return 1""", "exit status 1")
     attack("""
         import os
         while True:
@@ -1300,7 +1300,7 @@ def test_sandbox_stops_an_endless_loop_that_ignores_signals():
         for s in range(1, 64):
             try: signal.signal(s, signal.SIG_IGN)
             except (OSError, ValueError): pass
-        while True: pass""", "killed", "time", seconds=2)
+        while True: pass""", "killed", seconds=2)
 
 
 def test_sandbox_stops_endless_output():
@@ -1322,7 +1322,7 @@ def test_sandbox_stops_a_program_that_fills_the_disk():
     # kills: watch without disk_use; prlimit without --fsize
     attack("""
         for i in range(10000): open(str(i), 'wb').write(bytes(30 << 20))
-        return 1""", "files", "killed", "time", seconds=5)
+        return 1""", "files")
     attack("return open('big', 'wb').write(bytes(100 << 20)) > 0", "exit status 1")
 
 
@@ -1337,7 +1337,7 @@ def test_sandbox_outlives_a_program_that_kills_its_parent():
 
 
 def test_sandbox_is_read_only_but_for_the_programs_own_folder():
-    # kills: --bind in place of --ro-bind; no --remount-ro
+    # kills: no --remount-ro / (as an ordinary user; under root the user id alone would hold)
     target = HERE / "evil"
     attack(f"""
         done = []
@@ -1351,7 +1351,7 @@ def test_sandbox_is_read_only_but_for_the_programs_own_folder():
 
 
 def test_sandbox_shows_none_of_the_users_files():
-    # kills: --ro-bind / /
+    # kills: more folders shown than the toolchain needs
     attack(f"""
         import os
         for name in ('/etc/shadow', '/etc/passwd', '~/.ssh', '~/.bashrc', '/old/etc', '/proc/1/root/etc/shadow', '/var', '/home',
@@ -1390,7 +1390,7 @@ def test_sandbox_lets_no_daemon_live():
 
 
 def test_sandbox_gives_no_rights():
-    # kills: no setpriv; no chroot, in which user namespaces are refused
+    # kills: no chroot, in which user namespaces are refused
     if os.getuid() and "--disable-userns" not in subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout:
         raise Skip("this bwrap cannot refuse user namespaces")
     attack("""
@@ -1408,10 +1408,10 @@ def test_a_program_cannot_say_that_it_passed():
 
 def test_without_a_sandbox_programs_are_refused():
     # kills: unsafe by default
-    with patch.object(evaluation.shutil, "which", lambda name: None):
-        refused(evaluation.make_box, "bwrap", "--unsafe-no-sandbox")
+    with patch.object(shutil, "which", lambda name: None):
+        refused(sandbox.make_box, "bwrap", "--unsafe-no-sandbox")
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            assert evaluation.make_box(unsafe=True).kind == "none" and "no sandbox" in said.getvalue()
+            assert sandbox.make_box(unsafe=True).kind == "none" and "no sandbox" in said.getvalue()
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
@@ -1419,12 +1419,12 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
     for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
         if c <= n and k <= n:
             draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
-            assert math.isclose(evaluation.pass_at_k(n, c, k), sum(map(any, draws)) / len(draws), abs_tol=1e-12), (n, c, k)
+            assert math.isclose(humaneval.pass_at_k(n, c, k), sum(map(any, draws)) / len(draws), abs_tol=1e-12), (n, c, k)
 
 
 def test_completions_end_where_their_function_does():
     # kills: the last brace; braces in strings and comments; a comment at the margin; closing what is open
-    cut = evaluation.truncate_completion
+    cut = humaneval.truncate_completion
     body = "    x = '''\nnot the end\n'''\n# nor this\n    return x\n"
     assert cut(body + "\nprint(f())\n", "python") == body + "\n" and cut(body + "def g():\n    pass\n", "python") == body
     for lang in ("cpp", "go"):
@@ -1443,7 +1443,7 @@ def test_go_imports_what_the_program_uses():
     # kills: the official list alone
     row = {"task_id": "Go/0", "import": 'import (\n    "math"\n)', "prompt": 'import (\n    "math"\n)\n// by math.Abs\nfunc F() int {\n',
            "test_setup": 'package main\n\nimport (\n    "testing"\n    "time"\n)\n', "test": "func TestF(t *testing.T) {\n}\n"}
-    program = evaluation.program_of(row, "go", "    return strings.Count(s, t)\n}\n")
+    program = humaneval.program_of(row, "go", "    return strings.Count(s, t)\n}\n")
     assert re.findall(r'"(\S+)"', program) == ["testing", "strings"], program
 
 
@@ -1463,13 +1463,13 @@ def test_canonical_solutions_pass_and_wrong_ones_fail():
              "java": '        throw new RuntimeException("wrong");\n    }\n}\n'}
     with folder() as path:
         rows = []
-        for word, lang in evaluation.LANGS.items():
-            row = evaluation.read_problems(evaluation.BUNDLED_DATA, lang)[f"{word}/0"]
+        for word, lang in humaneval.LANGS.items():
+            row = humaneval.read_problems(evaluation.BUNDLED_DATA, lang)[f"{word}/0"]
             rows += [{"task_id": row["task_id"], "generation": text} for text in (row["canonical_solution"], wrong[lang])]
         (path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        result = evaluation.score_code(path / "s.jsonl", evaluation.BUNDLED_DATA)
+        result = humaneval.score_code(path / "s.jsonl", evaluation.BUNDLED_DATA)
     ran = {lang: r for lang, r in result.items() if "not run" not in r}
-    assert set(result) == set(evaluation.LANGS.values()) and "python" in ran
+    assert set(result) == set(humaneval.LANGS.values()) and "python" in ran
     assert all(r == {"problems": 1, "passed": 1, "samples": 2, "pass@1": 0.5} for r in ran.values()), result
     if len(ran) < 4:
         raise Skip("; ".join(f"{lang}: {r['not run']}" for lang, r in result.items() if "not run" in r))
@@ -1481,16 +1481,16 @@ def test_scoring_goes_on_where_it_was_stopped():
     right, wrong = ({"task_id": "Python/0", "generation": f"    return {n}\n"} for n in (1, 2))
     with folder() as path:
         samples, judged = problems_and(path, [right, wrong, right]), []
-        first = evaluation.score_code(samples, path)
+        first = humaneval.score_code(samples, path)
         assert first == {"python": {"problems": 1, "passed": 1, "samples": 3, "pass@1": 2 / 3}}, first
         results = Path(f"{samples}.results.jsonl")
         lines = results.read_text().splitlines()
         assert len(lines) == 2                                          # equal samples are run once
         results.write_text(lines[0] + "\n" + lines[1][:20])
-        real = evaluation.judge
-        with patch.object(evaluation, "judge", lambda *a, **k: judged.append(a[2]) or real(*a, **k)):
-            assert evaluation.score_code(samples, path) == first and len(judged) == 2       # the probe, and what was lost
-            assert evaluation.score_code(samples, path) == first and len(judged) == 2
+        real = humaneval.judge
+        with patch.object(humaneval, "judge", lambda *a, **k: judged.append(a[2]) or real(*a, **k)):
+            assert humaneval.score_code(samples, path) == first and len(judged) == 2       # the probe, and what was lost
+            assert humaneval.score_code(samples, path) == first and len(judged) == 2
 
 
 def test_a_language_without_its_tools_is_not_run():
@@ -1499,8 +1499,8 @@ def test_a_language_without_its_tools_is_not_run():
     with folder() as path:
         samples = problems_and(path, [{"task_id": "Python/0", "generation": "    return 1\n"}])
         which = shutil.which
-        with patch.object(evaluation.shutil, "which", lambda name: None if name == "python3" else which(name)):
-            assert evaluation.score_code(samples, path) == {"python": {"not run": "no python3 on PATH"}}
+        with patch.object(shutil, "which", lambda name: None if name == "python3" else which(name)):
+            assert humaneval.score_code(samples, path) == {"python": {"not run": "no python3 on PATH"}}
 
 
 def test_mistakes_in_code_predictions_are_one_line_each():
@@ -1512,11 +1512,11 @@ def test_mistakes_in_code_predictions_are_one_line_each():
                             ([good], 2, ("--k 2", "Python/0", "1"))):
         with folder() as path:
             samples = problems_and(path, lines)
-            refused(lambda: evaluation.score_code(samples, path, k), *words)
+            refused(lambda: humaneval.score_code(samples, path, k), *words)
     with folder() as path:
         samples = problems_and(path, [good])
         (path / "humaneval_x/python/humaneval_python.jsonl.gz").write_bytes(b"no archive")
-        refused(lambda: evaluation.score_code(samples, path), "humaneval_python.jsonl.gz")
+        refused(lambda: humaneval.score_code(samples, path), "humaneval_python.jsonl.gz")
         refused(lambda: evaluation.main(["--task", "rosetta", "--predictions", str(samples)]), "--run-code")
 
 

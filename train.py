@@ -31,10 +31,12 @@ from eval import BUNDLED_CKPT, BUNDLED_DATA, TASKS, Parser, evaluate, gsm8k_shot
 from fedbiot import Config, Payload, Wire, federate, misfit, option, payload_bytes
 from lora import start_from
 from model import ModelConfig, UserError, load, load_tokenizer, read_saved
+from tasks.sandbox import make_box
+from tasks.sandbox import make_box
 
 # What the bundled model is run with (tiny/README.md says how it was found); a real one gets the paper's.
-BUNDLED = {"rounds": 8, "local_steps": 30, "lr": 3e-3, "server_lr": 2e-3, "max_len": 256, "shots": 0}
-PAPER = {"rounds": 500, "local_steps": 30, "lr": 1e-4, "server_lr": 1e-4, "shots": 8}
+BUNDLED = {"rounds": 8, "local_steps": 30, "lr": 3e-3, "server_lr": 2e-3, "max_len": 256, "shots": 0, "samples": 1}
+PAPER = {"rounds": 500, "local_steps": 30, "lr": 1e-4, "server_lr": 1e-4, "shots": 8, "samples": 20}
 PRESETS = {"paper": {}, "official-code": {"align_tokens": "all", "prox": 0.0, "uniform_weights": True,
                                           "align_renew": True}}
 METHOD = {"fedkseed": {"local_steps": 200, "lr": 3e-7}, "fedkseed-pro": {"local_steps": 200, "lr": 3e-7}}
@@ -65,6 +67,8 @@ class RunConfig(Config):
     clients: int | None = option(None, "number of clients; default the task's (gsm8k 3, rosetta 9, dolly 8)")
     max_len: int | None = option(None, "longest training sequence in tokens; default the task's")
     shots: int | None = option(None, "worked examples in the evaluation's prompt; bundled model 0, else 8")
+    samples: int | None = option(None, "programs a problem in rosetta's evaluation; bundled model 1 (greedy), else 20")
+    run_code: bool = option(False, "rosetta's evaluation runs those programs, sandboxed; else it compares their text")
     eval_every: int = option(0, "rounds between evaluations (0: only at the end)")
     eval_limit: int = option(0, "first N test examples (0: all)")
     validate: int = option(0, "hold out the last N training rows and score those, not the test set (gsm8k)")
@@ -151,7 +155,7 @@ def check(cfg: RunConfig):
     for name, least in (("rounds", 1), ("local_steps", 1), ("batch_size", 1), ("rank", 1), ("clients", 1),
                         ("threads", 1), ("eval_batch", 1), ("align_init", 0), ("align_steps", 0), ("eval_every", 0),
                         ("eval_limit", 0), ("validate", 0), ("clients_per_round", 0), ("seed", 0), ("shots", 0), ("max_len", 2),
-                        ("kseed_candidates", 0), ("tt_rank", 1), ("tt_bottleneck", 1), ("proxy_steps", 0)):
+                        ("samples", 1), ("kseed_candidates", 0), ("tt_rank", 1), ("tt_bottleneck", 1), ("proxy_steps", 0)):
         if getattr(cfg, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected {least} or more")
     for name in ("lr", "server_lr", "kl_weight", "prox", "alpha", "proxy_alpha", "max_update_norm", "client_timeout"):
@@ -165,6 +169,8 @@ def check(cfg: RunConfig):
         raise UserError(f"--clients-per-round {cfg.clients_per_round}: there are {cfg.clients} clients")
     if cfg.task == "gsm8k":
         gsm8k_shots(cfg.shots)                              # refused now, not after the last round
+    if cfg.task == "rosetta" and cfg.run_code:
+        make_box()                                          # likewise
     if cfg.validate and cfg.task != "gsm8k":
         raise UserError(f"--validate {cfg.validate}: only gsm8k trains and tests on rows of one kind; leave it out")
     if cfg.method == "offsite" and cfg.clients != 1:
@@ -426,7 +432,7 @@ class Processes:
 
     def serve(self, make_client, shards):
         """A client rank's life, until the run ends: builds itself from what it is sent, then obeys orders."""
-        client = make_client(self.receive(described(self.wait(f"to {self.rank}")), 0))
+        client, upload = make_client(self.receive(described(self.wait(f"to {self.rank}")), 0)), {}
         while True:
             order = self.wait(f"to {self.rank}")
             if order == "send":
@@ -566,7 +572,9 @@ class Run:
         if "base" in row or not (last or cfg.eval_every and row["round"] % cfg.eval_every == 0):
             return
         opts = argparse.Namespace(data_dir=cfg.data_dir, limit=cfg.eval_limit, shots=cfg.shots,
-                                  batch_size=cfg.eval_batch, max_new_tokens=0, validate=cfg.validate)
+                                  batch_size=cfg.eval_batch, max_new_tokens=0, validate=cfg.validate, samples=cfg.samples,
+                                  temperature=None, top_k=40, top_p=0.75, k=0, seed=cfg.seed, run_code=cfg.run_code,
+                                  unsafe_no_sandbox=False, save_predictions=None)
         for name, lm in self.server.models().items():
             if name != "base" or "base" not in self.state["metrics"]:
                 self.state["metrics"][name] = evaluate(lm, self.tokenizer, cfg.task, opts, f"evaluate {name}")

@@ -13,7 +13,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import eval as evaluation
+from eval import BUNDLED_DATA
+from tasks import code as humaneval
+from tasks import sandbox
 
 WRONG = {"python": "    return None\n", "cpp": "    return {};\n}\n", "go": '    panic("wrong")\n}\n',
          "java": '        throw new RuntimeException("wrong");\n    }\n}\n'}
@@ -21,12 +23,12 @@ WRONG = {"python": "    return None\n", "cpp": "    return {};\n}\n", "go": '   
 
 def check(lang: str, right: bool, data_dir, folder: Path) -> int:
     """The number of problems whose verdict is not the one expected."""
-    problems = evaluation.read_problems(data_dir, lang)
+    problems = humaneval.read_problems(data_dir, lang)
     path = folder / f"{lang}_{'right' if right else 'wrong'}.jsonl"
     path.write_text("".join(json.dumps({"task_id": name, "generation": row["canonical_solution"] if right else WRONG[lang]})
                             + "\n" for name, row in problems.items()))
     start = time.monotonic()
-    result = evaluation.score_code(path, data_dir)[lang]
+    result = humaneval.score_code(path, data_dir)[lang]
     print(f"{path.stem:14} {json.dumps(result)}  {time.monotonic() - start:.0f} s", flush=True)
     if "not run" in result:
         return len(problems)
@@ -39,14 +41,14 @@ def check(lang: str, right: bool, data_dir, folder: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", default=evaluation.BUNDLED_DATA)
+    parser.add_argument("--data-dir", default=BUNDLED_DATA)
     parser.add_argument("--languages", default="python,cpp,go,java")
     parser.add_argument("--kind", choices=("bwrap", "unshare"), help="this isolation (default: the first that works)")
     parser.add_argument("--out", type=Path, default=Path("runs/humaneval_check"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    make = {"return_value": evaluation.Box(args.kind)} if args.kind else {"side_effect": evaluation.make_box}
-    with patch.object(evaluation, "make_box", **make):
+    make = {"return_value": sandbox.Box(args.kind)} if args.kind else {"side_effect": sandbox.make_box}
+    with patch.object(humaneval, "make_box", **make):
         odd = sum(check(lang, right, args.data_dir, args.out) for lang in args.languages.split(",") for right in (True, False))
     print(f"{odd} problems were not scored as expected")
     return 1 if odd else 0
