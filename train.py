@@ -32,7 +32,6 @@ from fedbiot import Config, Payload, Wire, federate, misfit, option, payload_byt
 from lora import start_from
 from model import ModelConfig, UserError, load, load_tokenizer, read_saved
 from tasks.sandbox import make_box
-from tasks.sandbox import make_box
 
 # What the bundled model is run with (tiny/README.md says how it was found); a real one gets the paper's.
 BUNDLED = {"rounds": 8, "local_steps": 30, "lr": 3e-3, "server_lr": 2e-3, "max_len": 256, "shots": 0, "samples": 1}
