@@ -78,7 +78,7 @@ class ModelConfig:
                 except UserError as error:
                     raise UserError(f"{path}: {error}") from None
                 except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
-                    raise UserError(f"{path}: expected a LLaMA's configuration as a JSON object; {error!r}") from None
+                    raise UserError(f"{path}: expected a LLaMA's configuration as a JSON object; {error!r:.120}") from None
         raise UserError(f"--ckpt {folder}: expected a folder with params.json (Meta) or config.json (Hugging Face)")
 
     @classmethod

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import resource
+import secrets
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -345,6 +346,24 @@ def described(header) -> Payload:
         return {}
 
 
+def met(store, rank: int, world: int) -> str:
+    """A word that this start's ranks share. torchrun may keep the store when it restarts them, so what the
+    dead have left in it must not count: rank 0 answers each greeting, and only the living answer back."""
+    me, missing = secrets.token_hex(8), set(range(1, world))
+    if rank:
+        store.set(f"hello {rank}", me)
+        word = store.get(f"welcome {me}").decode()                      # waits
+        store.set(f"here {word} {rank}", me)
+        return word
+    while missing:
+        for r in [r for r in missing if store.check([f"hello {r}"])]:
+            store.set(f"welcome {store.get(f'hello {r}').decode()}", me)
+            if store.check([f"here {me} {r}"]):
+                missing.remove(r)
+        time.sleep(0.01)
+    return me
+
+
 class Processes:
     """The wire between processes: rank 0 is the server, every other rank serves some of the clients.
 
@@ -352,7 +371,8 @@ class Processes:
     """
     def __init__(self):
         try:
-            self.store, self.rank, self.world = next(dist.rendezvous("env://"))
+            store, self.rank, self.world = next(dist.rendezvous("env://"))
+            self.store = dist.PrefixStore(met(store, self.rank, self.world), store)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"torchrun: the other processes cannot be reached: {str(error)[:120]}") from None
         self.late = set()               # ranks that are still at work on what was given up
