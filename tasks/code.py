@@ -100,7 +100,9 @@ def program_of(row: dict, lang: str, body: str) -> str:
         return PYTHON_HEAD + text
     if lang == "cpp":
         head = "".join(f"#include<{name}>\n" for name in CPP_HEADERS if name not in row["prompt"])
-        return f"{head}{row['prompt']}{body}\n#undef NDEBUG\n#include<assert.h>\n{row['test']}"
+        # DIFFERS: CPP/23 defines strlen(string), but its tests' strlen("x") is the C library's, so any body would pass.
+        test = re.sub(r'\bstrlen\((".*?")\)', r'strlen(string(\1))', row["test"])
+        return f"{head}{row['prompt']}{body}\n#undef NDEBUG\n#include<assert.h>\n{test}"
     if lang == "go":
         # DIFFERS: imports those packages that are used. The official list is the canonical solution's, and since Go
         # refuses an unused import, it fails right programs that need fewer.
