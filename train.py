@@ -35,7 +35,7 @@ from model import ModelConfig, UserError, load, load_tokenizer, read_saved
 from tasks.sandbox import make_box
 
 # What the bundled model is run with (tiny/README.md says how it was found); a real one gets the paper's.
-BUNDLED = {"rounds": 8, "local_steps": 30, "lr": 3e-3, "server_lr": 2e-3, "max_len": 256, "shots": 0, "samples": 1}
+BUNDLED = {"rounds": 5, "local_steps": 30, "lr": 3e-3, "server_lr": 2e-3, "max_len": 256, "shots": 0, "samples": 1}
 PAPER = {"rounds": 500, "local_steps": 30, "lr": 1e-4, "server_lr": 1e-4, "shots": 8, "samples": 20}
 PRESETS = {"paper": {}, "official-code": {"align_tokens": "all", "prox": 0.0, "uniform_weights": True,
                                           "align_renew": True}}
@@ -55,7 +55,7 @@ OWN = {"kseed_": "fedkseed", "tt_": "fedtt", "proxy_": "fedpt"}         # whose 
 @dataclass(frozen=True)
 class RunConfig(Config):
     """Config, and what a run is beside its algorithm. None: depends, see `resolve`."""
-    rounds: int | None = option(None, "communication rounds (R); bundled model 8, else 500")
+    rounds: int | None = option(None, "communication rounds (R); bundled model 5, else 500")
     local_steps: int | None = option(None, "steps of a client in a round (K); 30")
     lr: float | None = option(None, "learning rate of the clients (eta); bundled model 3e-3, else 1e-4")
     server_lr: float | None = option(None, "learning rate of the alignment; bundled model 2e-3, else 1e-4")
