@@ -459,7 +459,7 @@ def test_damaged_checkpoints_are_refused_by_name():
         (lambda path: (hf_folder(path, lm), (path / "more.safetensors").write_bytes((path / "model.safetensors").read_bytes())),
          "two files"),
         (indexed('{"weight_map": {"a": "../model.safetensors"}}'), "'../model.safetensors'"),
-        (indexed('{"weight_map": {"a": "/etc/passwd"}}'), "/etc/passwd"), (indexed('{"weight_map": {"a": "gone"}}'), "gone"),
+        (indexed('{"weight_map": {"a": "/etc/passwd"}}'), "/etc/passwd", "not a file of this folder"), (indexed('{"weight_map": {"a": "gone"}}'), "gone"),
         (indexed('{"weight_map": {"a": 3}}'), "3"), (indexed("[]"), "weight_map"), (indexed("{"), "weight_map"),
         (lambda path: (meta_folder(path, lm), (path / "consolidated.00.pth").rename(path / "model.gguf")), "found no", "pth"),
     ]
@@ -820,7 +820,7 @@ def test_truncation_keeps_a_target_and_drops_with_a_count_what_would_have_none()
     assert len(kept) == 1 and kept.rows[0] == short and "the set: 2 of 3" in noise.getvalue()
     refused(lambda: data.Examples([row], t, start, "the set"), "the set", f"--max-len {start}")
     refused(lambda: data.Examples([], t, 999, "the set"), "the set", "no rows")
-    for text in ("é" * 30, "ﷺ" * 9, "abc " * 9, ""):        # the shortcut by bytes agrees with tokenising
+    for text in ("é" * 300, "ﷺ" * 9, "abc " * 9, ""):        # the shortcut by bytes agrees with tokenising
         odd = data.Row(text, "", "x")
         n = len(t.encode(data.prompt_of(text))) + 1
         sizes = [m for m in range(n - 2, n + 4) if data.Examples([odd, data.Row("", "", "")], t, m + 500, "x") and
