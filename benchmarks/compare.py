@@ -144,7 +144,8 @@ def client_memory_part(spec: str, argv: list[str]):
     import train
     from model import load_tokenizer
     part, folder = spec.split(":", 1)
-    cfg = train.resolve(vars(train.make_parser().parse_args(argv)) | {"align_init": 2, "local_steps": 5})
+    given = vars(train.make_parser().parse_args(argv)) | {"align_init": 2, "local_steps": 5}
+    cfg = train.resolve({name: value for name, value in given.items() if name not in ("resume", "plan", "json")})
     torch.set_num_threads(1)
     module = baselines.module_of(cfg.method)
     tokenizer = load_tokenizer(cfg.ckpt, train.ModelConfig.read(cfg.ckpt))
