@@ -11,6 +11,9 @@ ITEMS = "pens cards eggs cups books balls coins caps toys nuts stamps shells app
 # How often pre-training answers a theme step by step. Clients always do: that is the gap they teach.
 STEPWISE = {"stock": .15, "shop": .25, "compare": .15, "earn": .20, "share": .70, "travel": .30,
             "ages": .75, "seats": .20}
+# And in pre-training's last stage, short and at a low rate.
+SETTLED = {"stock": .30, "shop": .35, "compare": .30, "earn": .35, "share": .85, "travel": .50,
+           "ages": .90, "seats": .35}
 
 
 def split_of(question: str) -> str:

@@ -54,9 +54,13 @@ def template(instruction: str, text: str) -> str:
 
 # ---- pre-training's examples ----
 
-def example(rng, done: float) -> tuple[str, str]:
-    """(prompt, answer) of pre-training when the share `done` of it is over; raw code has no prompt."""
-    worked = dict.fromkeys(gen_maths.STEPWISE, 1.0) if done < WORKED_FIRST else gen_maths.STEPWISE
+def habits(done: float) -> dict:
+    """How often a theme is worked out when the share `done` of pre-training is over."""
+    return dict.fromkeys(gen_maths.STEPWISE, 1.0) if done < WORKED_FIRST else gen_maths.STEPWISE
+
+
+def example(rng, worked: dict) -> tuple[str, str]:
+    """(prompt, answer) of pre-training, word problems worked out as often as `worked` says; raw code has no prompt."""
     kind = rng.choices(list(MIX), MIX.values())[0]
     if kind == "raw code":
         return "", gen_code.raw_text(rng)
@@ -121,7 +125,7 @@ def write_data(out: Path, seed: int):
 def train_tokenizer(folder: Path, seed: int):
     """BPE as LLaMA's: digits split, bytes for the unknown, every space and newline kept."""
     rng, model = random.Random(f"{seed} tokenizer"), io.BytesIO()
-    texts = [part for i in range(40_000) for part in example(rng, i / 40_000) if part]
+    texts = [part for i in range(40_000) for part in example(rng, habits(i / 40_000)) if part]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=PARAMS["vocab_size"],
         split_digits=True, byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity",
@@ -171,7 +175,7 @@ def fresh_model(config, seed: int) -> LM:
 
 
 def shallow_model(config, folder: Path) -> LM:
-    """The model in `folder` with config.n_layers of its layers, evenly spread: where FedPT's small model starts."""
+    """The model in `folder`, or config.n_layers of its layers, evenly spread: where FedPT's small model starts."""
     large = load_weights(folder, ModelConfig.read(folder))
     picked = spread(large.config.n_layers, config.n_layers)
     lm = LM(config, {i: large.layers[str(k)] for i, k in enumerate(picked)}, large.tok_embeddings, large.norm, large.output)
@@ -204,14 +208,15 @@ def score(lm, tokenizer, problems, worked=False) -> tuple[float, float]:
             sum("The answer is" in t for t in texts) / len(problems))
 
 
-def pretrain(folder: Path, args, params=PARAMS, steps=0, start: Path | None = None):
+def pretrain(folder: Path, args, params=PARAMS, steps=0, start: Path | None = None, worked=habits, peak=PEAK_LR,
+             warmup=WARMUP):
     """AdamW, warm-up, cosine to zero after `steps` (or `--minutes`, if those are over first)."""
     torch.set_num_threads(args.threads)
-    rng, began = random.Random(f"{args.seed} pretrain"), time.time()
+    rng, began = random.Random(f"{args.seed} pretrain{'' if worked is habits else ', settled'}"), time.time()
     tokenizer, config = Tokenizer(folder / "tokenizer.model"), ModelConfig.from_params(params)
     steps = steps or args.steps
     total = steps * BATCH
-    pairs = [example(rng, i / total) for i in range(total)]
+    pairs = [example(rng, worked(i / total)) for i in range(total)]
     examples = encode((tokenizer.pieces, tokenizer.pieces), pairs, args.threads)
     print(f"{len(pairs)} examples, {sum(len(ids) for ids, _ in examples) / len(pairs):.1f} tokens each, made in "
           f"{time.time() - began:.0f} s; e.g.\n{pairs[0][0]}{pairs[0][1]}", flush=True)
@@ -219,14 +224,14 @@ def pretrain(folder: Path, args, params=PARAMS, steps=0, start: Path | None = No
     lm = shallow_model(config, start) if start else fresh_model(config, args.seed)
     matrices = [p for p in lm.parameters() if p.dim() == 2]
     norms = [p for p in lm.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": norms, "weight_decay": 0.}], PEAK_LR,
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": norms, "weight_decay": 0.}], peak,
                                   betas=(.9, .95), weight_decay=.1, fused=True)
     began = saved = time.time()
     for step, batch in enumerate(batches(examples, rng)):
         done = max(step / steps, (time.time() - began) / 60 / args.minutes if args.minutes else 0)
         if done >= 1:
             break
-        lr = PEAK_LR * min(1, (step + 1) / WARMUP) * (.01 + .99 * (1 + math.cos(math.pi * done)) / 2)
+        lr = peak * min(1, (step + 1) / warmup) * (.01 + .99 * (1 + math.cos(math.pi * done)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = lr
         tokens, weights = tensors(batch)
@@ -249,6 +254,15 @@ def pretrain(folder: Path, args, params=PARAMS, steps=0, start: Path | None = No
     return step + 1
 
 
+def settled(done: float) -> dict:
+    return gen_maths.SETTLED
+
+
+def settle(folder: Path, args):
+    """A last short stage at a low rate: more word problems are worked out, so the base does so now and then."""
+    pretrain(folder, args, steps=args.settle_steps, start=folder, worked=settled, peak=3e-4, warmup=20)
+
+
 def make_small(out: Path, args):
     """FedPT's small model: four of the large one's layers and its tokenizer, trained on as the large one was."""
     save(out / "small" / "tokenizer.model", (out / "llama" / "tokenizer.model").read_bytes())
@@ -259,8 +273,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to fill (default: this one)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("data", "tokenizer", "model", "small"), help="just one of the parts")
+    parser.add_argument("--only", choices=("data", "tokenizer", "model", "settled", "small"), help="just one of the parts")
     parser.add_argument("--steps", type=int, default=4900, help=f"of {BATCH} examples each")
+    parser.add_argument("--settle-steps", type=int, default=250, help="of the last stage")
     parser.add_argument("--small-steps", type=int, default=900, help="of the small model")
     parser.add_argument("--minutes", type=float, default=0, help="let the schedule end earlier, by the clock")
     parser.add_argument("--threads", type=int, default=2)
@@ -270,6 +285,7 @@ def main():
     parts = {"data": lambda: write_data(args.out / "data", args.seed),
              "tokenizer": lambda: train_tokenizer(args.out / "llama", args.seed),
              "model": lambda: pretrain(args.out / "llama", args),
+             "settled": lambda: settle(args.out / "llama", args),
              "small": lambda: make_small(args.out, args)}
     for name, make in parts.items():
         if args.only in (None, name):
