@@ -1,9 +1,10 @@
 """Methods x dropout x adapter x seeds on one model, one data set and one budget: the paper's Table 2.
 
-Every cell is one run of train.py in its own folder; a finished run is not repeated and a killed one goes
-on, so the command can be stopped and given again. Learning rates come first: each (method, adapter) is
-run once per --lrs at the first dropout and the first seed with --validate, which holds out training
-rows; the test set takes no part in the choice. Flags after `--` go to every train.py.
+Every cell is one run of train.py in its own folder; a finished run is not repeated and a killed one
+goes on, so the command can be stopped and given again. Learning rates come first: every cell is run
+with each of its method's RATES at the first seed with --validate, which holds out training rows; where
+the best is the first or the last of them, the next beyond it is tried too. The test set takes no part
+in the choice. Flags after `--` go to every train.py.
 
     python benchmarks/compare.py --methods fedbiot fedot offsite fedavg --dropouts 0.2 0.5 --adapters 2 4 --seeds 0 1 2
     python benchmarks/compare.py --ablations --seeds 0 1 2
@@ -26,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ONE_SHAPE = {"fedavg", "fedkseed", "fedkseed-pro", "fedtt", "fedtt+", "fedpt"}      # no dropout, no adapter
 TWO_PLUS_TWO = {"fedot", "offsite"}                                             # --adapter 2: first and last two
 HOLDS_FULL = {"fedavg", "fedkseed", "fedkseed-pro", "fedtt", "fedtt+"}
-LR_SCALE = {"fedkseed": 1e-2, "fedkseed-pro": 1e-2}     # zeroth-order steps sum many noisy directions
+RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]             # the search starts with three neighbours of them
+LOWEST = {"fedkseed": 0, "fedkseed-pro": 0, "fedtt": 2, "fedtt+": 2}     # where; for all others at 1
 ABLATIONS = {
     "default": [], "epsilon = 0": ["--prox", "0"], "epsilon = 0.001": ["--prox", "0.001"],
     "epsilon = 0.1": ["--prox", "0.1"], "epsilon = 1": ["--prox", "1"], "lambda = 0": ["--kl-weight", "0"],
@@ -42,7 +44,7 @@ def parse_args():
     add("--dropouts", nargs="+", default=["0.2", "0.5"])
     add("--adapters", nargs="+", type=int, default=[2, 4])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], help="grid of the search; one value: no search")
+    add("--lr", type=float, help="for all of them, instead of the search")
     add("--validate", type=int, default=200, help="training rows held out for the search")
     add("--ablations", action="store_true", help="FedBiOT's ablations (first dropout and adapter) instead of the grid")
     add("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time, one thread each")
@@ -72,9 +74,9 @@ def cells(args) -> list[tuple[str, str, int]]:
 
 def command(args, folder: Path, cell, seed: int, lr: float | None, extra: list[str]) -> list[str]:
     method, dropout, adapter = cell
-    scaled = [] if lr is None else ["--lr", f"{lr * LR_SCALE.get(method, 1):g}"]
+    rate = [] if lr is None else ["--lr", f"{lr:g}"]
     return [sys.executable, str(ROOT / "train.py"), "--method", method, "--dropout", dropout, "--adapter", str(adapter),
-            "--seed", str(seed), "--threads", "1", "--out", str(folder), "--resume", *scaled, *args.flags, *extra]
+            "--seed", str(seed), "--threads", "1", "--out", str(folder), "--resume", *rate, *args.flags, *extra]
 
 
 def run(folder: Path, argv: list[str]) -> dict:
@@ -110,17 +112,26 @@ def final(summary: dict) -> dict:
 
 
 def search(args, out: Path) -> dict:
-    """The best learning rate of every (method, adapter), on held-out training rows."""
-    shapes = {(m, s): (m, d, s) for m, d, s in reversed(cells(args))}            # the first dropout wins
-    if len(args.lrs) == 1:
-        return {shape: args.lrs[0] for shape in shapes}
-    jobs = {}
-    for shape, lr in itertools.product(shapes, args.lrs):
-        folder = out / f"search-{shape[0]}-s{shape[1]}-lr{lr:g}"
-        extra = ["--validate", str(args.validate)]
-        jobs[shape, lr] = folder, command(args, folder, shapes[shape], args.seeds[0], lr, extra)
-    found = run_all(jobs, args, "learning rates")
-    return {shape: max(args.lrs, key=lambda lr: final(found[shape, lr])["accuracy"]) for shape in shapes}
+    """The best learning rate of every cell, on held-out training rows."""
+    if args.lr:
+        return dict.fromkeys(cells(args), args.lr)
+    tried, best = {}, {}
+    wanted = {cell: range(LOWEST.get(cell[0], 1), LOWEST.get(cell[0], 1) + 3) for cell in cells(args)}
+    for title in ("learning rates", "beyond the best"):
+        jobs = {}
+        for cell, i in ((cell, i) for cell in wanted for i in wanted[cell]):
+            folder = out / f"search-{cell[0]}-b{cell[1]}-s{cell[2]}-lr{RATES[i]:g}"
+            extra = ["--validate", str(args.validate)]
+            jobs[cell, i] = folder, command(args, folder, cell, args.seeds[0], RATES[i], extra)
+        tried |= run_all(jobs, args, title)
+        best = {cell: max((i for c, i in tried if c == cell), key=lambda i: final(tried[cell, i])["accuracy"])
+                for cell in cells(args)}
+        wanted = {cell: [i for i in (best[cell] - 1, best[cell] + 1)
+                         if (cell, i) not in tried and i in range(len(RATES))] for cell in best}
+    lines = [[*map(str, cell), f"{RATES[i]:g}", f"{100 * final(tried[cell, i])['accuracy']:.1f}",
+              "chosen" if best[cell] == i else ""] for cell, i in sorted(tried)]
+    (out / "search.md").write_text(markdown(["method", "β", "s", "lr", "held-out %", ""], lines))
+    return {cell: RATES[i] for cell, i in best.items()}
 
 
 # ---- a client's memory --------------------------------------------------------------------------
@@ -175,7 +186,7 @@ def row_of(cell, lr, summaries: list[dict], plan: dict, memory: int) -> list[str
     middle = [m[-2]["accuracy"] for m in metrics] if len(metrics[0]) > 2 else None
     size = [s["bytes_down_per_client_round"] + s["bytes_up_per_client_round"] for s in summaries]
     shape = ("–", "–") if method in ONE_SHAPE else (dropout, "2+2" if method in TWO_PLUS_TWO else str(adapter))
-    return [method, *shape, f"{lr * LR_SCALE.get(method, 1):g}", spread([m[0]["accuracy"] for m in metrics]),
+    return [method, *shape, f"{lr:g}", spread([m[0]["accuracy"] for m in metrics]),
             spread(middle) if middle else "–", spread([m[-1]["accuracy"] for m in metrics]),
             f"{statistics.mean(size):,.0f}", f"{plan['trainable_params']:,}", f"{1e3 * plan['gmac_per_token']:.2f}",
             f"{memory / 1e6:.0f}", f"{statistics.mean(s['seconds'] for s in summaries):.0f}",
@@ -231,7 +242,7 @@ def compare(args, out: Path):
     jobs = {}
     for cell, seed in itertools.product(cells(args), args.seeds):
         folder = out / f"{cell[0]}-b{cell[1]}-s{cell[2]}-seed{seed}"
-        jobs[cell, seed] = folder, command(args, folder, cell, seed, rates[cell[0], cell[2]], [])
+        jobs[cell, seed] = folder, command(args, folder, cell, seed, rates[cell], [])
     found = run_all(jobs, args, "grid")
     rows = []
     for cell in tqdm(cells(args), "clients' memory"):
@@ -239,7 +250,7 @@ def compare(args, out: Path):
         plan = json.loads(subprocess.run([sys.executable, str(ROOT / "train.py"), *argv, "--plan", "--json"],
                                          capture_output=True, text=True, check=True).stdout)
         memory = client_memory([a for a in argv if a != "--resume"])
-        rows.append(row_of(cell, rates[cell[0], cell[2]], [found[cell, s] for s in args.seeds], plan, memory))
+        rows.append(row_of(cell, rates[cell], [found[cell, s] for s in args.seeds], plan, memory))
     (out / "table.md").write_text(markdown(HEAD, rows))
     draw(rows, out)
     print((out / "table.md").read_text())
@@ -247,9 +258,11 @@ def compare(args, out: Path):
 
 def ablate(args, out: Path):
     cell, jobs = ("fedbiot", args.dropouts[0], args.adapters[0]), {}
+    args.methods, args.dropouts, args.adapters = [cell[0]], [cell[1]], [cell[2]]
+    rate = search(args, out)[cell]                      # of the default; every ablation has it
     for (name, extra), seed in itertools.product(ABLATIONS.items(), args.seeds):
         folder = out / f"ablation-b{cell[1]}-s{cell[2]}-{name.replace(' ', '')}-seed{seed}"
-        jobs[name, seed] = folder, command(args, folder, cell, seed, args.lrs[0] if len(args.lrs) == 1 else None, extra)
+        jobs[name, seed] = folder, command(args, folder, cell, seed, rate, extra)
     found = run_all(jobs, args, "ablations")
     rows = []
     for name, extra in ABLATIONS.items():

@@ -273,7 +273,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to fill (default: this one)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("data", "tokenizer", "model", "settled", "small"), help="just one of the parts")
+    parser.add_argument("--only", choices=("data", "tokenizer", "model", "small", "settled"), help="just one of the parts")
     parser.add_argument("--steps", type=int, default=4900, help=f"of {BATCH} examples each")
     parser.add_argument("--settle-steps", type=int, default=250, help="of the last stage")
     parser.add_argument("--small-steps", type=int, default=900, help="of the small model")
@@ -285,8 +285,8 @@ def main():
     parts = {"data": lambda: write_data(args.out / "data", args.seed),
              "tokenizer": lambda: train_tokenizer(args.out / "llama", args.seed),
              "model": lambda: pretrain(args.out / "llama", args),
-             "settled": lambda: settle(args.out / "llama", args),
-             "small": lambda: make_small(args.out, args)}
+             "small": lambda: make_small(args.out, args),
+             "settled": lambda: settle(args.out / "llama", args)}
     for name, make in parts.items():
         if args.only in (None, name):
             began = time.time()
