@@ -1,4 +1,6 @@
-"""FedBiOT: Wu, Li, Li, Ding, Gao, KDD 2024 (doi 10.1145/3637528.3671897). Read from the end: `federate` is Algorithm 2.
+"""FedBiOT: Wu, Li, Li, Ding, Gao, KDD 2024 (doi 10.1145/3637528.3671897).
+
+Read from the end: `federate` is Algorithm 2.
 
     layer_extract            Algorithm 1      which layers the emulator keeps, which are the adapter
     linear_cross_entropy     Eq. 6  (F_m)     the client's loss on response tokens
@@ -8,7 +10,7 @@
     Server.aggregate         Eq. 11, line 16  weighted average
     Server, Client, Wire, accepted, federate  the protocol that every method here shares
 
-E* = dropped part's original layers (never leave the server), E = emulator, A = adapter, `lora` = LoRA matrices.
+E* = the original layers that E, the emulator, stands for (they never leave the server); A = adapter.
 """
 import json
 import math
@@ -27,7 +29,7 @@ from lora import add_lora, copy_into, lora_tensors
 from model import LM, ModelConfig, UserError
 
 Payload = dict[str, Tensor]
-SERVER = 1 << 20                        # stands for the server where randomness asks for a client's number
+SERVER = 1 << 20            # stands for the server where randomness asks for a client's number
 
 
 def option(default, text, **extra):
@@ -36,8 +38,8 @@ def option(default, text, **extra):
 
 @dataclass(frozen=True)
 class Config:
-    """What the algorithm needs to know. train.py makes the command line from it and adds its own."""
-    dropout: Fraction = option(Fraction("0.2"), "share of the non-adapter layers that the emulator drops (beta)")
+    """What the algorithm needs to know. train.py adds its own and makes flags of it."""
+    dropout: Fraction = option(Fraction("0.2"), "share of the layers below the adapter to drop (beta)")
     adapter: int = option(2, "layers of the adapter (s)")
     rounds: int = option(500, "communication rounds (R)")
     local_steps: int = option(30, "steps of a client in a round (K)")
@@ -52,23 +54,23 @@ class Config:
     rank: int = option(8, "LoRA rank")
     alpha: float = option(16.0, "LoRA alpha")
     clients_per_round: int = option(0, "clients that take part in a round (0: all)")
-    align_norm: str = option("rms", "divide the L2 by the teacher's mean square, or take Eq. 3 literally",
+    align_norm: str = option("rms", "divide the L2 by the teacher's mean square, or Eq. 3 literally",
                              choices=("rms", "none"))
     align_tokens: str = option("answer", "tokens of the alignment: of the answer, or all (padding too)",
                                choices=("answer", "all"))
-    align_renew: bool = option(False, "a new alignment optimizer in every round, as in the authors' code")
-    max_update_norm: float = option(10.0, "an upload that moved this many times further than the round's median is "
-                                          "rejected (0: none is)")
-    client_timeout: float = option(0.0, "seconds after which a round goes on without a client's upload (0: it waits); "
-                                        "for torchrun")
-    uniform_weights: bool = option(False, "average uploads uniformly, as in the authors' code, not by |D_m|/|D|")
+    align_renew: bool = option(False, "a new alignment optimizer every round, as in the authors' code")
+    max_update_norm: float = option(10.0, "reject an upload that moved this many times further "
+                                          "than the round's median (0: none)")
+    client_timeout: float = option(0.0, "seconds after which a round goes on without a client's "
+                                        "upload (0: it waits); for torchrun")
+    uniform_weights: bool = option(False, "average uploads uniformly, as in the authors' code")
     seed: int = option(0, "seed of everything")
 
 
 # ---- Algorithm 1 --------------------------------------------------------------------------------
 
 def layer_extract(n: int, s: int, beta: Fraction) -> tuple[list[int], list[int]]:
-    """Algorithm 1: (emulator's layers, adapter's layers), 0-based indices of the full model's n layers.
+    """Algorithm 1: (emulator's layers, adapter's layers), 0-based indices of the model's n layers.
 
     DIFFERS: the paper's line 2 reads n' = floor(beta (n - s)); its own Table 5 needs (1 - beta).
     In integers and fractions throughout: floats lose a layer at n - s = 16, n' = 14.
@@ -76,7 +78,7 @@ def layer_extract(n: int, s: int, beta: Fraction) -> tuple[list[int], list[int]]
     if not 1 <= s < n:
         raise UserError(f"--adapter {s}: the model has {n} layers, so choose 1..{n - 1}")
     if not 0 <= beta < 1:
-        raise UserError(f"--dropout {float(beta):g}: expected a share of layers in [0, 1), for example 0.2")
+        raise UserError(f"--dropout {float(beta):g}: expected a share in [0, 1), for example 0.2")
     kept = int((1 - Fraction(beta)) * (n - s))                          # floor: both are >= 0
     if kept == 0:
         raise UserError(f"--dropout {float(beta):g}: leaves no layer of the {n - s} below the adapter; "
@@ -219,11 +221,12 @@ def proximal(pairs, scale: float) -> Tensor:
 
 def generator(*key: int) -> torch.Generator:
     """Randomness is a function of (seed, round, client, ...): nothing to save, nothing shared."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> 1))
 
 
 def weights_of(lm: LM) -> Payload:
-    """The frozen tensors of a model (no LoRA) by name, and its configuration as a tensor of JSON bytes."""
+    """The frozen tensors of a model (no LoRA) by name, and its configuration as JSON bytes."""
     payload = {name: p.detach() for name, p in lm.named_parameters() if ".lora_" not in name}
     config = json.dumps(asdict(lm.config)).encode()
     return payload | {"config": torch.frombuffer(bytearray(config), dtype=torch.uint8)}
@@ -234,16 +237,18 @@ def lm_from(payload: Payload, device="cpu") -> LM:
     state = {name: t.to(device) for name, t in payload.items() if name != "config"}
     config = ModelConfig(**json.loads(bytes(payload["config"].tolist())))
     with torch.device("meta"):
-        lm = LM.empty(config, sorted({int(name.split(".")[1]) for name in state if name.startswith("layers.")}))
+        lm = LM.empty(config, {int(n.split(".")[1]) for n in state if n.startswith("layers.")})
     if config.tied:
         state["output.weight"] = state["tok_embeddings.weight"]
     lm.load_state_dict(state, assign=True)
     return lm.requires_grad_(False)
 
 
-def adapter_input_and_output(lm: LM, tokens: Tensor, rows: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """What enters layer `first`, and what the head reads, at `rows` (N,) of tokens (B, T): (N, D) twice."""
-    x, rope = lm.tok_embeddings(tokens), lm.rope(torch.arange(tokens.shape[1], device=tokens.device))
+def adapter_input_and_output(lm: LM, tokens: Tensor, rows: Tensor, first: int):
+    """What enters layer `first` and what the head reads, at `rows` (N,) of tokens (B, T):
+    (N, D) twice."""
+    x = lm.tok_embeddings(tokens)
+    rope = lm.rope(torch.arange(tokens.shape[1], device=tokens.device))
     *_, last = lm.layers
     for i, block in lm.layers.items():
         if int(i) == first:
@@ -258,21 +263,23 @@ class Server:
     def __init__(self, full: LM, public, cfg):
         self.full, self.public, self.cfg = full, public, cfg
         emulator, self.adapter = self.split(full.config.n_layers, cfg)
-        self.student = add_lora(full.with_layers({i: full.layers[str(i)] for i in emulator + self.adapter}),
-                                cfg.rank, cfg.alpha, generator(cfg.seed, 0, SERVER)).requires_grad_(False)
+        compressed = full.with_layers({i: full.layers[str(i)] for i in emulator + self.adapter})
+        rng = generator(cfg.seed, 0, SERVER)
+        self.student = add_lora(compressed, cfg.rank, cfg.alpha, rng).requires_grad_(False)
         self.emulated = lora_tensors(self.student, emulator)            # LoRA of E: trained here
         self.tuned = lora_tensors(self.student, self.adapter)           # LoRA of A: averaged here
         for p in self.emulated.values():
             p.requires_grad_()
-        whole = dict(full.layers.items()) | {str(i): self.student.layers[str(i)] for i in self.adapter}
-        self.teacher = full.with_layers({int(i): block for i, block in whole.items()})   # E* and A
+        layers = {int(i): block for i, block in full.layers.items()}
+        layers |= {i: self.student.layers[str(i)] for i in self.adapter}
+        self.teacher = full.with_layers(layers)                         # E* and A
         self.optimizer = self.new_optimizer()
         self.metrics = {}
 
     split = staticmethod(lambda n, cfg: layer_extract(n, cfg.adapter, cfg.dropout))
 
     def new_optimizer(self):
-        # PAPER SILENT: whether its state lives on from round to round. It does, unless --align-renew.
+        # PAPER SILENT: whether its state lives on between rounds. It does, unless --align-renew.
         return torch.optim.AdamW(self.emulated.values(), lr=self.cfg.server_lr, betas=(0.9, 0.95))
 
     def bootstrap(self) -> Payload:
@@ -289,7 +296,7 @@ class Server:
         return {name: p.detach() for name, p in (self.emulated | self.tuned).items()}
 
     def align(self, t: int, steps: int):
-        """Eq. 3-5, 7: steps of AdamW on the LoRA of E; the current adapter sits frozen in both models."""
+        """Eq. 3-5, 7: AdamW on the LoRA of E; the current adapter sits frozen in both models."""
         cfg, losses = self.cfg, []
         if cfg.align_renew:
             self.optimizer = self.new_optimizer()
@@ -304,11 +311,12 @@ class Server:
         if losses:
             l2, kl = torch.stack(losses[-10:]).mean(0).tolist()
             if not math.isfinite(l2 + kl):
-                raise UserError(f"round {t + 1}: the alignment's loss is L2 {l2}, KL {kl}; try a smaller --server-lr")
+                raise UserError(f"round {t + 1}: the alignment's loss is L2 {l2}, KL {kl}; "
+                                f"try a smaller --server-lr")
             self.metrics = {"align_l2": l2, "align_kl": kl}             # mean of the last ten steps
 
     def alignment_losses(self, batch) -> tuple[Tensor, Tensor]:
-        """Eq. 4 and 5: (||E(x) - E*(x)||^2, KL(teacher || student)), means over the answer's tokens.
+        """Eq. 4, 5: (||E(x) - E*(x)||^2, KL(teacher || student)), means over the answer's tokens.
 
         DIFFERS: the L2 is divided by the teacher's mean square, so that lambda and the learning
         rates carry over between model sizes; --align-norm none is the literal equation.
@@ -317,7 +325,7 @@ class Server:
         if self.cfg.align_tokens == "all":
             rows = torch.arange(batch.tokens.numel(), device=batch.tokens.device)
             weights = torch.full(rows.shape, 1 / len(rows), device=rows.device)
-        cut = self.adapter[-self.cfg.adapter]                           # the first layer on top of E
+        cut = self.adapter[-self.cfg.adapter]                       # the first layer on top of E
         with torch.no_grad():
             target, h_teacher = adapter_input_and_output(self.teacher, batch.tokens, rows, cut)
         entered, h_student = adapter_input_and_output(self.student, batch.tokens, rows, cut)
@@ -337,7 +345,7 @@ class Server:
         """
         total = sum(weights)
         for name, p in self.tuned.items():
-            p.copy_(sum(w / total * upload[name].to(p.device) for upload, w in zip(uploads, weights)))
+            p.copy_(sum(w / total * up[name].to(p.device) for up, w in zip(uploads, weights)))
 
     def models(self) -> dict[str, LM]:
         return {"base": self.full, "adapemu": self.student, "adapfu": self.teacher}
@@ -358,9 +366,10 @@ class Client:
 
     def __init__(self, bootstrap: Payload, cfg, device="cpu"):
         self.cfg = cfg
-        self.lm = add_lora(lm_from(bootstrap, device), cfg.rank, cfg.alpha, generator(0)).requires_grad_(False)
-        self.received = lora_tensors(self.lm)                           # LoRA of E and A: what a broadcast holds
-        self.tuned = lora_tensors(self.lm, self.adapter(self.lm, cfg))  # LoRA of A: trained here
+        lm = lm_from(bootstrap, device)
+        self.lm = add_lora(lm, cfg.rank, cfg.alpha, generator(0)).requires_grad_(False)
+        self.received = lora_tensors(self.lm)                       # LoRA of E and A: a broadcast
+        self.tuned = lora_tensors(self.lm, self.adapter(lm, cfg))   # LoRA of A: trained here
         for p in self.tuned.values():
             p.requires_grad_()
 
@@ -369,34 +378,35 @@ class Client:
         return list(range(lm.config.n_layers - cfg.adapter, lm.config.n_layers))
 
     def update(self, t: int, payload: Payload, examples, m: int) -> tuple[Payload, dict]:
-        """Lines 8-15: K steps of AdamW on F_m + epsilon/2 ||w_A - w_A^(t)||^2, over the adapter's LoRA only.
+        """Lines 8-15: K steps of AdamW on F_m + epsilon/2 ||w_A - w_A^(t)||^2, over the LoRA of A.
 
         Nothing below the adapter needs a gradient, so autograd keeps no activation of the emulator.
         """
-        cfg, losses = self.cfg, []
+        cfg, W, losses = self.cfg, self.lm.output.weight, []
         copy_into(self.received, payload)
         pairs = self.proximal_pairs({name: p.detach().clone() for name, p in self.tuned.items()})
-        # PAPER SILENT: the clients' betas; the alignment's. New in every round: a client keeps nothing.
+        # PAPER SILENT: the betas; as the alignment's. New in every round: a client keeps nothing.
         optimizer = torch.optim.AdamW(self.tuned.values(), lr=cfg.lr, betas=(0.9, 0.95))
         for batch in examples.batches(cfg.local_steps, cfg.batch_size, (cfg.seed, t, m)):
-            batch = batch.to(self.lm.output.weight.device)
-            h = self.lm.hidden(batch.tokens, rows=batch.rows)           # (N, D): answer's tokens only
-            loss = linear_cross_entropy(h, self.lm.output.weight, batch.targets, batch.weights)     # Eq. 6
+            batch = batch.to(W.device)
+            h = self.lm.hidden(batch.tokens, rows=batch.rows)       # (N, D): answer's tokens only
+            loss = linear_cross_entropy(h, W, batch.targets, batch.weights)             # Eq. 6
             losses.append(loss.detach())
             if cfg.prox:
-                loss = loss + cfg.prox / 2 * proximal(pairs, cfg.alpha / cfg.rank)                  # Eq. 8-10
+                loss = loss + cfg.prox / 2 * proximal(pairs, cfg.alpha / cfg.rank)      # Eq. 8-10
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         mean = torch.stack(losses).mean().item()
         if not math.isfinite(mean):
-            raise UserError(f"round {t + 1}, client {m}: the loss is {mean}; try a smaller --lr, or --dtype fp32")
+            raise UserError(f"round {t + 1}, client {m}: the loss is {mean}; "
+                            f"try a smaller --lr, or --dtype fp32")
         return {name: p.detach().clone() for name, p in self.tuned.items()}, {"loss": mean}
 
     def proximal_pairs(self, sent: Payload) -> list[tuple[Tensor, ...]]:
         """(B, A, B0, A0) of every tuned matrix; B0 and A0 are what was broadcast."""
         stems = [name.removesuffix("A") for name in self.tuned if name.endswith("lora_A")]
-        return [(self.tuned[s + "B"], self.tuned[s + "A"], sent[s + "B"], sent[s + "A"]) for s in stems]
+        return [(*(self.tuned[s + x] for x in "BA"), *(sent[s + x] for x in "BA")) for s in stems]
 
 
 def payload_bytes(payload: Payload) -> int:
@@ -404,9 +414,10 @@ def payload_bytes(payload: Payload) -> int:
 
 
 class Wire:
-    """Between server and clients, all in one process: each shard's turn comes after the other. Counts bytes."""
+    """Between server and clients, all in one process, one client after the other. Counts bytes."""
 
-    def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> dict[int, tuple[Payload, dict]]:
+    def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> dict:
+        """{client: (upload, metrics)} of those who were `chosen`."""
         bar = tqdm(chosen, f"round {t + 1}", leave=False, disable=None)
         results = {m: client.update(t, payload, shards[m], m) for m in bar}
         self.down = [payload_bytes(payload) for _ in chosen]
@@ -418,7 +429,8 @@ def choose_clients(cfg, clients: int, t: int) -> list[int]:
     """All of them, or clients_per_round drawn without replacement, the same in every process."""
     if cfg.clients_per_round in (0, clients):
         return list(range(clients))
-    return sorted(np.random.default_rng((cfg.seed, t, SERVER)).choice(clients, cfg.clients_per_round, False).tolist())
+    rng = np.random.default_rng((cfg.seed, t, SERVER))
+    return sorted(rng.choice(clients, cfg.clients_per_round, False).tolist())
 
 
 def misfit(upload: Payload, expected: Payload) -> str:
@@ -433,9 +445,10 @@ def misfit(upload: Payload, expected: Payload) -> str:
 
 
 def moved(upload: Payload, expected: Payload) -> float:
-    """How far an upload is from what was sent: a norm over all its floats, in fp64 so that none overflows."""
-    return math.sqrt(sum((upload[name].to(like.device).double() - like.double()).square().sum().item()
-                         for name, like in expected.items() if like.is_floating_point()))
+    """How far an upload is from what was sent: a norm over its floats, in fp64: none overflows."""
+    steps = (upload[name].to(like.device).double() - like.double()
+             for name, like in expected.items() if like.is_floating_point())
+    return math.sqrt(sum(step.square().sum().item() for step in steps))
 
 
 def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[Payload, dict]]:
@@ -446,35 +459,38 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
         loss = results[m][1].get("loss")
         if not (math.isfinite(norms[m]) and isinstance(loss, float) and math.isfinite(loss)):
             reasons[m] = "not all of its numbers are finite"
-    usual = median_low([norms[m] for m in norms if not reasons[m]] or [0.0])    # low: of two, the smaller
+    usual = median_low([norms[m] for m in norms if not reasons[m]] or [0.0])  # of two, the smaller
     for m in norms:
         if not reasons[m] and 0 < cfg.max_update_norm * usual < norms[m]:
-            reasons[m] = (f"it moved {norms[m]:.3g}, more than --max-update-norm {cfg.max_update_norm:g} times "
-                          f"the round's median {usual:.3g}")
+            reasons[m] = (f"it moved {norms[m]:.3g}, more than --max-update-norm "
+                          f"{cfg.max_update_norm:g} times the round's median {usual:.3g}")
     for m in results:
         if reasons[m]:
             print(f"round {t + 1}, client {m}: rejected, {reasons[m]}", file=sys.stderr)
     if all(reasons.values()):
-        raise UserError(f"round {t + 1}: no client's upload could be counted; the last round's state is kept")
+        raise UserError(f"round {t + 1}: no client's upload could be counted; "
+                        f"the last round's state is kept")
     return {m: result for m, result in results.items() if not reasons[m]}
 
 
-@torch.no_grad()
-def average_metrics(results: dict, weights: list[float]) -> float:
-    return sum(w * metrics["loss"] for w, (_, metrics) in zip(weights, results.values())) / sum(weights)
+def average_loss(results: dict, weights: list[float]) -> float:
+    losses = [metrics["loss"] for _, metrics in results.values()]
+    return sum(w * loss for w, loss in zip(weights, losses)) / sum(weights)
 
 
 def federate(server, client, shards, cfg, wire, first_round: int = 0):
     """Algorithm 2: yields one record a round. Any Server/Client pair of the protocol will do."""
     for t in range(first_round, cfg.rounds):
         start = time.perf_counter()
-        payload = server.broadcast(t)                                   # lines 3-7: align E, send A and E
+        payload = server.broadcast(t)                       # lines 3-7: align E, send A and E
         chosen = choose_clients(cfg, len(shards), t)
         expected = server.expected(t)
-        results = wire.round(t, payload, client, shards, chosen, expected)      # lines 8-15: K local steps each
+        # lines 8-15: K local steps of each
+        results = wire.round(t, payload, client, shards, chosen, expected)
         results = accepted(t, results, expected, cfg)
         weights = [1.0 if cfg.uniform_weights else float(len(shards[m])) for m in results]
-        server.aggregate(t, [upload for upload, _ in results.values()], weights)    # line 16: A <- sum p_m A_m
-        yield {"round": t + 1, "client_loss": average_metrics(results, weights), **server.metrics,
+        # line 16: A <- sum p_m A_m
+        server.aggregate(t, [upload for upload, _ in results.values()], weights)
+        yield {"round": t + 1, "client_loss": average_loss(results, weights), **server.metrics,
                "bytes_down": mean(wire.down), "bytes_up": mean(wire.up),
                "seconds": time.perf_counter() - start}

@@ -16,7 +16,6 @@ import sys
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from tqdm import tqdm
 
 from fedbiot import SERVER, Payload, generator, linear_cross_entropy, lm_from, weights_of
 from model import LM, UserError
