@@ -1456,6 +1456,29 @@ def problems_and(path: Path, lines) -> Path:
     return path / "samples.jsonl"
 
 
+def test_bundled_problems_refuse_a_constant_an_argument_and_a_forgotten_condition():
+    # kills: six random cases alone, of which two problems expect 0 or false throughout
+    found = {lang: humaneval.read_problems(evaluation.BUNDLED_DATA, lang) for lang in humaneval.LANGS.values()}
+    for name, row in found["python"].items():
+        def passes(body, row=row):
+            try:
+                exec(row["prompt"] + body + "\n" + row["test"], {})         # our own programs: no sandbox
+                return True
+            except (AssertionError, TypeError):
+                return False
+        first, right = re.search(r"\((\w+)", row["prompt"])[1], row["canonical_solution"]
+        wrong = [first, f"bool({first})", f"len({first})", "None", *re.findall("== (.*)", row["test"])]
+        wrong = [f"    return {body}\n" for body in wrong] + [
+            body for word in ("True", "False") if (body := re.sub("if .*:", f"if {word}:", right)) != right]
+        if " and " in right:            # less one of two conditions, where that makes a difference
+            wrong += [f"    return {part}\n" for part in right.strip()[7:].split(" and ")
+                      if any(eval(part) != eval(right.strip()[7:]) for n in range(41))]
+        assert passes(right) and not any(map(passes, wrong)), name
+        told = {lang: re.findall("[!=]= (\\w+)", found[lang][name.replace("Python", word)]["test"].lower())
+                for word, lang in humaneval.LANGS.items()}
+        assert told["cpp"] == told["go"] == told["java"] == told["python"], (name, told)
+
+
 def test_canonical_solutions_pass_and_wrong_ones_fail():
     # kills: the last word before the tests; tests not joined to the program
     boxes()
