@@ -1269,6 +1269,13 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
+def wait_for(condition, what: str, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"expected {what}"
+        time.sleep(0.1)
+
+
 def attack(body: str, *ways: str, seconds=30):
     """A hostile body of `f`, which returns 1 where it gets its way. It scores 0 in one of the `ways`; no process and
     no file is left, and the next program is scored as ever."""
@@ -1387,6 +1394,21 @@ def test_sandbox_lets_no_daemon_live():
             os._exit(0)
         os.wait()
         return 1""", "left a process behind")
+
+
+def test_nothing_stays_behind_where_the_harness_is_killed():
+    # kills: folders removed by the harness alone; unshare without --pdeathsig
+    script = ("import sys; sys.path.insert(0, sys.argv[1]); from tasks import sandbox\n"
+              "with sandbox.scratch('tools'):\n"
+              "    sandbox.run_sandboxed(['sleep', '1000'], {}, sandbox.Box(sys.argv[2]), 60)")
+    for box, number in itertools.product(boxes(), (signal.SIGTERM, signal.SIGKILL)):
+        with folder() as path:
+            harness = subprocess.Popen([sys.executable, "-c", script, str(HERE), box.kind], env={**os.environ, "TMPDIR": str(path)})
+            inside = f"HOME={path}/fedbiot-sandbox"
+            wait_for(lambda: len(list(path.glob("fedbiot-*"))) == 2 and processes_with(inside), "a program in its folder")
+            harness.send_signal(number)
+            assert harness.wait() == -number
+            wait_for(lambda: not list(path.iterdir()) and not processes_with(inside), f"nothing left ({box.kind}, {number})")
 
 
 def test_sandbox_gives_no_rights():

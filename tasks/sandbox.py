@@ -1,4 +1,5 @@
 """A model's programs, kept apart: run_sandboxed(command, files, box) -> (what went wrong or "", output)."""
+import contextlib
 import math
 import os
 import resource
@@ -32,6 +33,9 @@ pivot_root . old; cd /; umount -l /old; exec "$@"
 # In a chroot a program cannot make a user namespace, in which it would be root and could mount memory without end.
 JAIL = 'mount --rbind / /old && exec chroot /old sh -c \'cd "$HOME" && exec "$@"\' sh "$@"'
 
+# Tries again while processes that were killed with us still write.
+CLEAN = 'read line; for i in 1 2 3 4 5 6 7 8 9; do chmod -R u+rwX "$1"; rm -rf "$1" && exit; sleep 1; done'
+
 
 class Box(NamedTuple):
     """How a program is kept apart, and what it is given."""
@@ -52,36 +56,45 @@ def make_box(unsafe: bool = False) -> Box:
     return Box("none")
 
 
+@contextlib.contextmanager
+def scratch(name: str):
+    """A temporary folder that goes at the end, and also if we are killed: then the cleaner reads its pipe's end.
+    Not shutil.rmtree: it recurses, so a deep tree would stop it."""
+    base = Path(tempfile.mkdtemp(prefix=f"fedbiot-{name}-")).resolve()
+    cleaner = subprocess.Popen(["sh", "-c", CLEAN, "sh", base], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield base
+    finally:
+        cleaner.communicate(b"\n")
+
+
 def run_sandboxed(command: list, files: dict, box: Box, seconds=10.0, memory_mb=1024, address_mb=12288) -> tuple[str, str]:
     """Runs `command` in a fresh folder with `files`. ("" or a limit or "exit status N", the end of its output).
 
     It has PID, mount, network and IPC namespaces of its own, reads the toolchain's folders and nothing else, has no
     capability and, under root, a user id of its own. Resident memory is bounded for all its processes together.
     """
-    base = Path(tempfile.mkdtemp(prefix="fedbiot-sandbox-")).resolve()
-    folder = base / "work"
-    # Limits on processes do not bind root. systemd's dynamic users: no account has these.
-    uid = 61184 + base.stat().st_ino % 4336 if os.getuid() == 0 and box.kind != "none" else None
-    env = {"PATH": SYSTEM_PATH, "HOME": str(folder), "TMPDIR": str(folder), "LANG": "C.UTF-8", **dict(box.env)}
-    try:
+    with scratch("sandbox") as base, tempfile.TemporaryFile() as output:
+        folder = base / "work"
+        # Limits on processes do not bind root. systemd's dynamic users: no account has these.
+        uid = 61184 + base.stat().st_ino % 4336 if os.getuid() == 0 and box.kind != "none" else None
+        env = {"PATH": SYSTEM_PATH, "HOME": str(folder), "TMPDIR": str(folder), "LANG": "C.UTF-8", **dict(box.env)}
         folder.mkdir(), (base / "root").mkdir()
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8", errors="replace")
         for path in (folder, *folder.iterdir()) if uid else ():
             os.chown(path, uid, uid)
-        with tempfile.TemporaryFile() as output:
-            argv = isolate(base, box) + restrict(uid, box, seconds, address_mb) + command
-            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=folder, env=env,
-                                       start_new_session=True)
-            try:
-                why = watch(process, output, folder, seconds, memory_mb)
-            finally:
-                stop(process)
-            output.seek(max(0, output.seek(0, os.SEEK_END) - 10000))
-            text = output.read().decode(errors="replace")
-        return why or (f"exit status {process.returncode}" if process.returncode else ""), text
-    finally:                                # not shutil.rmtree: it recurses, so a deep tree would stop it
-        subprocess.run(["sh", "-c", 'chmod -R u+rwX "$1"; rm -rf "$1"', "sh", base], stderr=subprocess.DEVNULL)
+        argv = isolate(base, box) + restrict(uid, box, seconds, address_mb) + command
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=folder, env=env,
+                                   start_new_session=True)
+        try:
+            why = watch(process, output, folder, seconds, memory_mb)
+        finally:
+            stop(process)
+        output.seek(max(0, output.seek(0, os.SEEK_END) - 10000))
+        text = output.read().decode(errors="replace")
+    return why or (f"exit status {process.returncode}" if process.returncode else ""), text
 
 
 def isolate(base: Path, box: Box) -> list:
@@ -89,7 +102,8 @@ def isolate(base: Path, box: Box) -> list:
     folder, shown = str(base / "work"), [p for p in SYSTEM if os.path.lexists(p)] + list(box.shown)
     if box.kind == "unshare":
         user = [] if os.getuid() == 0 else ["--map-root-user"]
-        return ["unshare", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child", *user,
+        return ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork",
+                "--kill-child", *user,
                 "sh", "-ec", UNSHARE, "sh", str(base / "root"), folder, str(len(shown)), *shown, "sh", "-c", JAIL, "sh"]
     if box.kind == "none":
         return []
