@@ -1258,15 +1258,22 @@ def boxes() -> list:
     return [humaneval.toolchain("python", [], None, kind, None) for kind in kinds]
 
 
-def processes_with(text: str) -> list[int]:
-    """Processes of this machine that were started with `text` in their environment."""
+def programs_in(folder: Path, name="") -> list[str]:
+    """The command lines, with `name` in front, of all processes whose environment names a sandbox in the folder."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            found += [int(path.parent.name)] if text.encode() in path.read_bytes() else []
-        except OSError:
-            pass
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            line = (path / "cmdline").read_text(errors="replace")
+            inside = f"HOME={folder}/fedbiot-sandbox".encode() in (path / "environ").read_bytes()
+            found += [line] if inside and line.startswith(name) else []
     return found
+
+
+def wait_for(condition, what: str, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"expected {what}"
+        time.sleep(0.1)
 
 
 def attack(body: str, *ways: str, seconds=30):
@@ -1276,7 +1283,7 @@ def attack(body: str, *ways: str, seconds=30):
         with folder() as path, patch.object(tempfile, "tempdir", str(path)):
             verdict = humaneval.judge(ONE, "python", textwrap.indent(textwrap.dedent(body).strip("\n"), "    "), box, seconds)
             assert any(way in verdict for way in ways), f"{box.kind}: {verdict!r}, expected {ways}"
-            assert not list(path.iterdir()) and not processes_with(str(path)), (box.kind, "left behind")
+            assert not list(path.iterdir()) and not programs_in(path), (box.kind, "left behind")
             assert humaneval.judge(ONE, "python", ONE["canonical_solution"], box) == "passed", box.kind
 
 
@@ -1322,7 +1329,7 @@ def test_sandbox_stops_a_program_that_fills_the_disk():
     # kills: watch without disk_use; prlimit without --fsize
     attack("""
         for i in range(10000): open(str(i), 'wb').write(bytes(30 << 20))
-        return 1""", "files")
+        return 1""", "files", seconds=120)
     attack("return open('big', 'wb').write(bytes(100 << 20)) > 0", "exit status 1")
 
 
@@ -1387,6 +1394,20 @@ def test_sandbox_lets_no_daemon_live():
             os._exit(0)
         os.wait()
         return 1""", "left a process behind")
+
+
+def test_nothing_stays_behind_where_the_harness_is_killed():
+    # kills: folders removed by the harness alone; unshare without --pdeathsig
+    script = ("import sys; sys.path.insert(0, sys.argv[1]); from tasks import sandbox\n"
+              "with sandbox.scratch('tools'):\n"
+              "    sandbox.run_sandboxed(['sleep', '1000'], {}, sandbox.Box(sys.argv[2]), 60)")
+    for box, number in itertools.product(boxes(), (signal.SIGTERM, signal.SIGKILL)):
+        with folder() as path:
+            harness = subprocess.Popen([sys.executable, "-c", script, str(HERE), box.kind], env={**os.environ, "TMPDIR": str(path)})
+            wait_for(lambda: programs_in(path, "sleep"), "a program that runs")
+            harness.send_signal(number)
+            assert harness.wait() == -number
+            wait_for(lambda: not list(path.iterdir()) and not programs_in(path), f"nothing left ({box.kind}, {number})")
 
 
 def test_sandbox_gives_no_rights():
@@ -1454,6 +1475,29 @@ def problems_and(path: Path, lines) -> Path:
     file.write_bytes(gzip.compress(json.dumps(ONE).encode()))
     (path / "samples.jsonl").write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
     return path / "samples.jsonl"
+
+
+def test_bundled_problems_refuse_a_constant_an_argument_and_a_forgotten_condition():
+    # kills: six random cases alone, of which two problems expect 0 or false throughout
+    found = {lang: humaneval.read_problems(evaluation.BUNDLED_DATA, lang) for lang in humaneval.LANGS.values()}
+    for name, row in found["python"].items():
+        def passes(body, row=row):
+            try:
+                exec(row["prompt"] + body + "\n" + row["test"], {})         # our own programs: no sandbox
+                return True
+            except (AssertionError, TypeError):
+                return False
+        first, right = re.search(r"\((\w+)", row["prompt"])[1], row["canonical_solution"]
+        wrong = [first, f"bool({first})", f"len({first})", "None", *re.findall("== (.*)", row["test"])]
+        wrong = [f"    return {body}\n" for body in wrong] + [
+            body for word in ("True", "False") if (body := re.sub("if .*:", f"if {word}:", right)) != right]
+        if " and " in right:            # less one of two conditions, where that makes a difference
+            wrong += [f"    return {part}\n" for part in right.strip()[7:].split(" and ")
+                      if any(eval(part) != eval(right.strip()[7:]) for n in range(41))]
+        assert passes(right) and not any(map(passes, wrong)), name
+        told = {lang: re.findall("[!=]= (\\w+)", found[lang][name.replace("Python", word)]["test"].lower())
+                for word, lang in humaneval.LANGS.items()}
+        assert told["cpp"] == told["go"] == told["java"] == told["python"], (name, told)
 
 
 def test_canonical_solutions_pass_and_wrong_ones_fail():

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from data import fields, find_file, read_rows
 from model import LM, UserError, generate
 from tasks import accuracy
-from tasks.sandbox import SYSTEM_PATH, Box, make_box, run_sandboxed
+from tasks.sandbox import SYSTEM_PATH, Box, make_box, run_sandboxed, scratch
 
 LANGS = {"Python": "python", "CPP": "cpp", "Go": "go", "Java": "java"}      # task_id's word: folder
 TOOLS = {"python": ("python3",), "cpp": ("g++",), "go": ("go",), "java": ("javac", "java")}
@@ -136,7 +135,7 @@ def judge(row: dict, lang: str, body: str, box: Box, seconds: float = RUN_SECOND
     return ENDS.get(why, why)
 
 
-def toolchain(lang: str, rows: list[dict], data_dir, kind: str, scratch: Path) -> Box | str:
+def toolchain(lang: str, rows: list[dict], data_dir, kind: str, folder: Path) -> Box | str:
     """The box in which a language's programs run, or why they cannot run here."""
     found = [shutil.which(tool) for tool in TOOLS[lang]]
     if None in found:
@@ -148,19 +147,19 @@ def toolchain(lang: str, rows: list[dict], data_dir, kind: str, scratch: Path) -
         return f"{found[0]} cannot be shown to a program without the home folder"
     env = {"PATH": ":".join([*dict.fromkeys(os.path.dirname(p) for p in found), SYSTEM_PATH]), "OPENBLAS_NUM_THREADS": "1"}
     if lang == "go":
-        env |= {"GO111MODULE": "off", "GOPATH": str(scratch / "path"), "GOCACHE": str(scratch / "cache"), "GOMAXPROCS": "2",
-                "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOMEMLIMIT": "800MiB", "HOME": str(scratch)}
-        if why := prepare_go(rows, data_dir, scratch, env):
+        env |= {"GO111MODULE": "off", "GOPATH": str(folder / "path"), "GOCACHE": str(folder / "cache"), "GOMAXPROCS": "2",
+                "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOMEMLIMIT": "800MiB", "HOME": str(folder)}
+        if why := prepare_go(rows, data_dir, folder, env):
             return why
         shown |= {env["GOPATH"], env["GOCACHE"]}
         del env["HOME"]
     return Box(kind, tuple(sorted(shown)), tuple(env.items()))
 
 
-def prepare_go(rows: list[dict], data_dir, scratch: Path, env: dict) -> str:
+def prepare_go(rows: list[dict], data_dir, folder: Path, env: dict) -> str:
     """Compiles once what all tests import, to share (then 0.4 s a program, not many); "" or what is missing."""
     packages = sorted({p for row in rows for p in re.findall(r'"([^"\n]+)"', row["test_setup"])} | set(GO_PACKAGES))
-    (scratch / "path").mkdir(), (scratch / "cache").mkdir()
+    (folder / "path").mkdir(), (folder / "cache").mkdir()
     if any("." in p for p in packages):
         try:
             archive = find_file(data_dir, "humaneval_x/go/evaluation/vendor.tar.gz")
@@ -168,14 +167,14 @@ def prepare_go(rows: list[dict], data_dir, scratch: Path, env: dict) -> str:
             return str(error)
         try:
             with tarfile.open(archive) as tar:
-                tar.extractall(scratch, filter="data")
-            (scratch / "vendor").rename(scratch / "path" / "src")       # GOPATH's word for what a module calls vendor
+                tar.extractall(folder, filter="data")
+            (folder / "vendor").rename(folder / "path" / "src")       # GOPATH's word for what a module calls vendor
         except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
             raise UserError(f"{archive}: expected the tests' Go modules as a .tar.gz ({error}); download it again") from None
-    (scratch / "main_test.go").write_text("package main\n" + "".join(f'import _ "{p}"\n' for p in packages))
-    done = subprocess.run(["go", "test", "-c", "-vet=off", "-o", "none", "main_test.go"], cwd=scratch, env=env, text=True,
+    (folder / "main_test.go").write_text("package main\n" + "".join(f'import _ "{p}"\n' for p in packages))
+    done = subprocess.run(["go", "test", "-c", "-vet=off", "-o", "none", "main_test.go"], cwd=folder, env=env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    subprocess.run(["chmod", "-R", "a+rX", scratch], check=True)
+    subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
     return f"go cannot build the tests' imports: {done.stdout.strip()[-200:]}" if done.returncode else ""
 
 
@@ -234,11 +233,11 @@ def score_code(predictions, data_dir, k: int = 0, workers: int = 0, unsafe: bool
     verdicts = read_verdicts(results)
     todo, missing = {s.key: s for s in samples if s.key not in verdicts}, {}
     kind = make_box(unsafe).kind if todo else ""
-    with tempfile.TemporaryDirectory(prefix="fedbiot-tools-") as scratch:
+    with scratch("tools") as folder:
         boxes = {}
         for lang in dict.fromkeys(s.lang for s in todo.values()):
             rows = list({s.row["task_id"]: s.row for s in samples if s.lang == lang}.values())
-            box = working_box(lang, rows, data_dir, kind, Path(scratch))
+            box = working_box(lang, rows, data_dir, kind, folder)
             (boxes if isinstance(box, Box) else missing)[lang] = box
         todo = [s for s in todo.values() if s.lang in boxes]
         for sample, verdict in run_samples(todo, boxes, workers):
@@ -249,9 +248,9 @@ def score_code(predictions, data_dir, k: int = 0, workers: int = 0, unsafe: bool
             for lang in dict.fromkeys(s.lang for s in samples)}
 
 
-def working_box(lang: str, rows: list[dict], data_dir, kind: str, scratch: Path) -> Box | str:
+def working_box(lang: str, rows: list[dict], data_dir, kind: str, folder: Path) -> Box | str:
     """The toolchain's box, seen to work: a machine without it, or without libcrypto, must not score 0."""
-    box = toolchain(lang, rows, data_dir, kind, scratch)
+    box = toolchain(lang, rows, data_dir, kind, folder)
     for row in rows[:1] + [row for row in rows[1:] if "<openssl/" in row["prompt"]]:
         verdict = judge(row, lang, row["canonical_solution"], box) if isinstance(box, Box) else "passed"
         if verdict != "passed":
@@ -306,8 +305,8 @@ def score_rosetta(lm: LM, tokenizer, opts, progress: str) -> dict:
     """pass@1 over the problems that could be run. Without --run-code nothing is run: a sample is right only if it is
     the canonical solution, white space apart, which is less than what pass@1 would say."""
     rows = sample_code(lm, tokenizer, opts, progress)
-    with tempfile.TemporaryDirectory(prefix="fedbiot-samples-") as scratch:
-        path = Path(opts.save_predictions or Path(scratch) / "samples.jsonl")
+    with scratch("samples") as folder:
+        path = Path(opts.save_predictions or folder / "samples.jsonl")
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         if opts.run_code:
             langs = score_code(path, opts.data_dir, opts.k, unsafe=opts.unsafe_no_sandbox)

@@ -4,7 +4,9 @@ A Spec says what a function does (words, an expression, a shape); `body` and `he
 language from one row of LANGS. `humaneval` gives the official HumanEval-X fields for four of them.
 Which specs are kept for the tests is again a hash, of the words: see `gen_maths.split_of`.
 """
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
+from functools import partial
 
 from gen_maths import split_of
 
@@ -180,11 +182,28 @@ def run(spec: Spec, *args):
     return hit if spec.shape == "test" else eval(spec.expr if hit else spec.other, env)
 
 
+def wrong_bodies(spec: Spec) -> list:
+    """Functions that a test must tell from the spec: its first argument, and itself less a condition or a choice."""
+    specs = [replace(spec, cond=spec.cond[:i] + spec.cond[i + 1:]) for i in range(len(spec.cond))]
+    specs += [replace(spec, expr=spec.other)] * (spec.shape == "choose")
+    return [lambda *args: args[0], lambda *args: bool(args[0]), *(partial(run, other) for other in specs)]  # bool: in C++
+
+
 def cases(spec: Spec, rng, n=6):
+    """n of them, and for each wrong body that would pass those, and for a constant, one that it fails."""
     most = 3 if spec.op == "*" else 5                                 # products must fit 32 bits
-    one = (lambda: [rng.randint(1, 9) for _ in range(rng.randint(0, most))]) if spec.args == ("xs",) else \
-        (lambda: rng.randint(0, 40))
-    return [(args, run(spec, *args)) for args in (tuple(one() for _ in spec.args) for _ in range(n))]
+
+    def draw(r, largest):
+        args = tuple([r.randint(1, largest) for _ in range(r.randint(0, most))] if spec.args == ("xs",) else r.randint(0, 40)
+                     for _ in spec.args)
+        return args, run(spec, *args)
+
+    tests, more = [draw(rng, 9) for _ in range(n)], random.Random(spec.words)     # rng's stream is as long for every spec
+    for wrong in (lambda *args: tests[0][1], *wrong_bodies(spec)):
+        if all(wrong(*args) == v for args, v in tests):               # a condition that says nothing new never fails
+            others = (draw(more, 12) for _ in range(1000))
+            tests += next(([(args, v)] for args, v in others if wrong(*args) != v), [])
+    return tests
 
 
 def literal(v, lang):

@@ -24,7 +24,9 @@ CITIES, JOBS = "Oban Rilo Saro Tuva Nemi Pico Luro Vada".split(), "baker driver 
 PLACES = "box bag desk garden kitchen car".split()
 CAPITAL_OF, FOOD_OF = dict(zip(COUNTRIES, CAPITALS)), {c: FOODS[i % 6] for i, c in enumerate(COUNTRIES)}
 DOLLY = {"open_qa": 25, "closed_qa": 14, "general_qa": 15, "classification": 14, "information_extraction": 10,
-         "brainstorming": 9, "summarization": 8, "creative_writing": 5}                 # uneven, as in Dolly
+         "brainstorming": 9, "summarization": 8, "creative_writing": 5}                 # of pre-training
+SHARES = {"open_qa": 5, "closed_qa": 32, "general_qa": 14, "classification": 22, "information_extraction": 9,
+          "brainstorming": 7, "summarization": 7, "creative_writing": 4}                # of the clients: uneven, as in Dolly
 
 
 def a(word):
@@ -121,7 +123,15 @@ def question(rng, split, category=None):
 
 
 def dolly_row(rng, split="train") -> dict:
-    category, ask, text, _, short = question(rng, split)
+    """Always the short answer. Beside what pre-training asks: yes or no about a text, and a letter as the answer."""
+    category = rng.choices(list(SHARES), SHARES.values())[0]
+    _, ask, text, long, short = question(rng, split, category)
+    if category == "closed_qa" and rng.random() < .5:
+        _, ask, _, long, short = question(rng, split, "general_qa")
+        text = f"{long.split('. ')[1]} {text}"
+    elif category == "classification" and rng.random() < .7:
+        ask, options, k = choices(rng, split)
+        ask, short = f"{ask}\n{listed(options)}", "ABCD"[k]
     return {"instruction": ask, "context": text, "response": short, "category": category}
 
 
@@ -181,7 +191,10 @@ def choices(rng, split="pretrain", n=4):
             return ask, options, options.index(right)
 
 
+def listed(options) -> str:
+    return "\n".join(f"{letter}. {o}" for letter, o in zip("ABCD", options))
+
+
 def choice_row(rng) -> dict:
     ask, options, k = choices(rng)
-    listed = "\n".join(f"{letter}. {o}" for letter, o in zip("ABCD", options))
-    return {"instruction": f"{ask}\n{listed}", "input": "", "output": "ABCD"[k] if rng.random() < .35 else f"{ask} {options[k]}."}
+    return {"instruction": f"{ask}\n{listed(options)}", "input": "", "output": "ABCD"[k] if rng.random() < .35 else f"{ask} {options[k]}."}
