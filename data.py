@@ -231,8 +231,13 @@ class Examples:
                   file=sys.stderr)
 
     def fits(self, prompt: str) -> bool:
-        """Does BOS + prompt leave room? A text has no more tokens than bytes (+ 1 for sentencepiece's first space)."""
-        return len(prompt.encode()) + 2 < self.max_len or len(self.tokenizer.encode(prompt)) + 1 < self.max_len
+        """Does BOS + prompt leave room? A text has no more tokens than bytes (+ 1 for sentencepiece's
+        first space), and a long one is mostly too long by its first words already."""
+        if len(prompt.encode()) + 2 < self.max_len:
+            return True
+        start = prompt[:6 * self.max_len]
+        texts = (prompt,) if start == prompt else (start.rpartition(" ")[0], prompt)
+        return all(len(self.tokenizer.encode(text)) + 1 < self.max_len for text in texts)
 
     def __len__(self) -> int:
         return len(self.rows)
