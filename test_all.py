@@ -2728,7 +2728,7 @@ def ranks(path: Path, world: int, *argv, change="", own=lambda rank: []) -> tupl
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         jobs.append(start(path / f"log{rank}", *argv, *own(rank), change=change, **{k: str(v) for k, v in env.items()}))
     for job in jobs:
-        job.join(60)
+        job.join(300)
         if job.is_alive():
             job.kill()
     return [job.exitcode for job in jobs], [(path / f"log{rank}").read_text() for rank in range(world)]
