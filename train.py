@@ -509,13 +509,14 @@ class Processes:
 
     def end(self, status: int) -> bool:
         """All ranks stop. True for the first to say so: its line is the one to print."""
-        mine, first, until = f"{status} {self.rank}", True, time.monotonic() + 3
+        mine, first, until = f"{status} {self.rank}", True, time.monotonic() + 10
         try:
             first = self.store.compare_set("end", "", mine).decode() == mine
-            self.store.set(f"gone {self.rank}", "")
-            gone, waits = [f"gone {r}" for r in range(self.world)], first or self.rank == 0
-            while waits and time.monotonic() < until and not self.store.check(gone):
-                time.sleep(0.01)                            # rank 0 may be the store's host
+            others = [f"gone {r}" for r in range(1, self.world) if r != self.rank]
+            waits = others if first or self.rank == 0 else []       # the store may be rank 0's
+            while waits and time.monotonic() < until and not self.store.check(waits):
+                time.sleep(0.01)
+            self.store.set(f"gone {self.rank}", "")                 # a client's last word
         except RuntimeError:
             pass                                            # it is gone already
         return first
