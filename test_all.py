@@ -2853,9 +2853,9 @@ def test_a_slow_client_is_left_out_of_the_round():
         flags = small_run(path) + ["--rounds", 2, "--client-timeout", 1.5]
         with patch.object(fedbiot.Wire, "round", without_one):
             assert cli(*flags, "--out", path / "one")[0] == 0
-        before = time.perf_counter()
         statuses, texts = ranks(path, 4, *flags, "--out", path / "four", change="second_client_is_very_slow")
-        assert statuses[0] == 0 and time.perf_counter() - before < 20, texts
+        assert statuses[0] == 0, texts
+        assert float(next(csv.DictReader(open(path / "four" / "log.csv")))["seconds"]) < 4, "not waited for"
         assert re.findall("^.*left out.*$", texts[0], re.M) == [
             "round 1, client 1: left out, no upload within --client-timeout 1.5 s"], texts[0]
         assert_same_run(path / "one", path / "four")
