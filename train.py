@@ -593,8 +593,9 @@ class Run:
         if "base" in row or not (last or cfg.eval_every and row["round"] % cfg.eval_every == 0):
             return
         opts = argparse.Namespace(**vars(cfg) | {
-            "limit": cfg.eval_limit, "batch_size": cfg.eval_batch, "max_new_tokens": 0, "temperature": None,
-            "top_k": 40, "top_p": 0.75, "k": 0, "unsafe_no_sandbox": False, "save_predictions": None})
+            "limit": cfg.eval_limit, "batch_size": cfg.eval_batch, "max_new_tokens": 0,
+            "temperature": None, "top_k": 40, "top_p": 0.75, "k": 0, "unsafe_no_sandbox": False,
+            "save_predictions": None})
         for name, lm in self.server.models().items():
             if name != "base" or "base" not in metrics:
                 metrics[name] = evaluate(lm, self.tokenizer, cfg.task, opts, f"evaluate {name}")
