@@ -7,6 +7,7 @@ independent: a slow form, an invariant, arithmetic by hand. No network, no GPU, 
 """
 import contextlib
 import csv
+import gc
 import gzip
 import importlib.util
 import inspect
@@ -2764,15 +2765,16 @@ def start(log: Path, *argv, change="", **env) -> multiprocessing.Process:
     return job
 
 
-def ranks(path: Path, world: int, *argv, change="", own=lambda rank: []) -> tuple[list, list]:
-    """(exit statuses, outputs) of train.py on so many ranks."""
+def ranks(path: Path, world: int, *argv, change="", own=lambda rank: [], then=lambda jobs: None) -> tuple[list, list]:
+    """(exit statuses, outputs) of train.py on so many ranks; `then(jobs)` is done to them once they are started."""
     port, jobs = free_port(), []
     for rank in range(world):
         env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         jobs.append(start(path / f"log{rank}", *argv, *own(rank), change=change, **{k: str(v) for k, v in env.items()}))
+    then(jobs)
     for job in jobs:
-        job.join(60)
+        job.join(300)
         if job.is_alive():
             job.kill()
     return [job.exitcode for job in jobs], [(path / f"log{rank}").read_text() for rank in range(world)]
@@ -2824,6 +2826,34 @@ def test_every_method_runs_over_processes():
             assert_same_run(path / method, path / f"{method}-3")
 
 
+def says_what_it_holds():
+    if os.environ["RANK"] != "0":
+        original = fedbiot.Client.update
+
+        def update(self, *args):
+            done = original(self, *args)
+            tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.device.type != "meta"]
+            storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+            os.write(1, f"holds {sum(storages.values())}\n".encode())
+            return done
+        fedbiot.Client.update = update
+
+
+def test_a_client_rank_holds_the_compressed_model_and_no_more():
+    # kills: load() on every rank; what was received kept beside the model; dropped layers in the bootstrap
+    with folder() as path:
+        flags = small_run(path) + ["--rounds", 1]
+        shutil.copytree(path / "ckpt", path / "bare", ignore=shutil.ignore_patterns("*.pth"))
+        statuses, texts = ranks(path, 2, *flags, "--out", path / "run", change="says_what_it_holds",
+                                own=lambda rank: ["--ckpt", path / "bare"] if rank else [])
+        assert statuses == [0, 0], texts
+        held = max(map(int, re.findall(r"holds (\d+)", texts[1])))
+        summary = json.loads((path / "run" / "summary.json").read_text())
+        whole = 4 * sum(t.numel() for t in tiny_lm(vocab_size=1024).state_dict().values())
+        lora = summary["bytes_down_per_client_round"]
+        assert summary["bootstrap_bytes"] <= held < summary["bootstrap_bytes"] + 7 * lora < whole, (held, summary, whole)
+
+
 def test_a_client_rank_needs_no_weights():
     # kills: load() on every rank; a bf16 tensor that gloo cannot send
     with folder() as path, patch.object(train, "evaluate", scored):
@@ -2867,9 +2897,9 @@ def test_a_slow_client_is_left_out_of_the_round():
         flags = small_run(path) + ["--rounds", 2, "--client-timeout", 1.5]
         with patch.object(fedbiot.Wire, "round", without_one):
             assert cli(*flags, "--out", path / "one")[0] == 0
-        before = time.perf_counter()
         statuses, texts = ranks(path, 4, *flags, "--out", path / "four", change="second_client_is_very_slow")
-        assert statuses[0] == 0 and time.perf_counter() - before < 20, texts
+        assert statuses[0] == 0, texts
+        assert float(next(csv.DictReader(open(path / "four" / "log.csv")))["seconds"]) < 4, "not waited for"
         assert re.findall("^.*left out.*$", texts[0], re.M) == [
             "round 1, client 1: left out, no upload within --client-timeout 1.5 s"], texts[0]
         assert_same_run(path / "one", path / "four")
@@ -2889,6 +2919,25 @@ def test_what_a_header_claims_is_not_allocated():
         assert statuses == [0] * 4, texts
         lines = re.findall("^round . client 1: rejected.*$", texts[0].replace(",", ""), re.M)
         assert len(lines) == 2 and all("1000000000" in line for line in lines), texts[0]
+
+
+def test_ctrl_c_is_one_line_state_kept_and_status_130():
+    # kills: a traceback; every rank prints; status 1; a rank that waits for ever; the round under way saved half
+    def interrupt(jobs):
+        while not (path / "run" / "log.csv").exists():
+            assert all(job.is_alive() for job in jobs), (path / "log0").read_text()
+            time.sleep(0.02)
+        for job in jobs:
+            os.kill(job.pid, signal.SIGINT)
+    for world in (1, 3):
+        with folder() as path, patch.object(train, "evaluate", scored):
+            flags = small_run(path) + ["--rounds", 300, "--eval-every", 1]
+            statuses, texts = ranks(path, world, *flags, "--out", path / "run", then=interrupt)
+            lines = [line for line in "".join(texts).split("\n") if re.search("error|Error|Traceback|stopped", line)]
+            assert statuses == [130] * world and lines == ["stopped by Ctrl-C; what was saved stays"], (statuses, texts)
+            saved = torch.load(path / "run" / "state.pt", weights_only=True)
+            assert saved["rows"] and len(saved["rows"]) - len(list(csv.DictReader(open(path / "run" / "log.csv")))) in (0, 1)
+            assert not list((path / "run").glob("*.part"))
 
 
 KILLS_ITSELF = """

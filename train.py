@@ -1,8 +1,8 @@
-"""The command line: federated fine-tuning of a LLaMA that its owner keeps (FedBiOT), and the methods beside it.
+"""The command line: federated fine-tuning of a LLaMA that its owner keeps, by FedBiOT and others.
 
-In order: RunConfig (every flag, with its help and default); plan (what a run costs, from params.json
-alone); the run folder (config.json, log.csv, state.pt, lora.pt, summary.json); Processes (the wire that
-torchrun needs); what is printed; main.
+In order: RunConfig (every flag, with its help and default); plan (what a run costs, from
+params.json alone); the run folder (config.json, log.csv, state.pt, lora.pt, summary.json);
+Processes (the wire that torchrun needs); what is printed; main.
 
     python train.py --task gsm8k --dropout 0.2 --adapter 2
     python train.py --task gsm8k --dropout 0.2 --adapter 2 --ckpt llama-2-7b --data-dir data
@@ -10,17 +10,17 @@ torchrun needs); what is printed; main.
 import argparse
 import contextlib
 import importlib.util
-import io
 import json
 import os
 import resource
 import secrets
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -28,25 +28,26 @@ from tqdm import tqdm
 
 import baselines
 from data import CLIENTS, MAX_LEN, make_public, make_shards, read_gsm8k
-from eval import BUNDLED_CKPT, BUNDLED_DATA, TASKS, Parser, evaluate, gsm8k_shots, main_guard, pick_device, pick_dtype
+from eval import (BUNDLED_CKPT, BUNDLED_DATA, TASKS, Parser, evaluate, gsm8k_shots, main_guard,
+                  pick_device, pick_dtype)
 from fedbiot import Config, Payload, Wire, federate, misfit, option, payload_bytes
 from lora import start_from
 from model import ModelConfig, UserError, load, load_tokenizer, read_saved
 from tasks.sandbox import make_box
 
-# What the bundled model is run with (tiny/README.md says how it was found); a real one gets the paper's.
-BUNDLED = {"rounds": 5, "local_steps": 30, "lr": 3e-3, "server_lr": 2e-3, "max_len": 256, "shots": 0, "samples": 1}
+# What a real model is run with, and what the bundled one is (tiny/README.md says how it was found).
 PAPER = {"rounds": 500, "local_steps": 30, "lr": 1e-4, "server_lr": 1e-4, "shots": 8, "samples": 20}
-PRESETS = {"paper": {}, "official-code": {"align_tokens": "all", "prox": 0.0, "uniform_weights": True,
-                                          "align_renew": True}}
-METHOD = {"fedkseed": {"local_steps": 200, "lr": 3e-7}, "fedkseed-pro": {"local_steps": 200, "lr": 3e-7}}
-METHOD_BUNDLED = {"fedkseed": {"lr": 1e-3}, "fedkseed-pro": {"lr": 1e-3}}
+BUNDLED = {"rounds": 5, "lr": 3e-3, "server_lr": 2e-3, "max_len": 256, "shots": 0, "samples": 1}
+PRESETS = {"paper": {}, "official-code": {"align_tokens": "all", "prox": 0.0, "align_renew": True,
+                                          "uniform_weights": True}}
 
-ONCE = {"prox", "align_steps", "align_renew"}           # what alignment before the first round leaves idle
+# Flags that a method has no use for: what alignment before the first round leaves idle, and so on.
+ONCE = {"prox", "align_steps", "align_renew"}
 EMULATOR = ONCE | {"dropout", "adapter", "kl_weight", "align_init", "align_norm", "align_tokens"}
+NO_LORA = EMULATOR | {"server_lr", "rank", "alpha", "init_lora"}
 NO_USE = {"fedbiot": set(), "offsite": ONCE, "fedot": ONCE, "fedavg": EMULATOR | {"server_lr"},
-          "fedpt": EMULATOR | {"init_lora"}, **{name: EMULATOR | {"server_lr", "rank", "alpha", "init_lora"}
-                                                for name in ("fedkseed", "fedkseed-pro", "fedtt", "fedtt+")}}
+          "fedpt": EMULATOR | {"init_lora"}, "fedkseed": NO_LORA, "fedkseed-pro": NO_LORA,
+          "fedtt": NO_LORA, "fedtt+": NO_LORA}
 OWN = {"kseed_": "fedkseed", "tt_": "fedtt", "proxy_": "fedpt"}         # whose flags these are
 
 
@@ -57,21 +58,21 @@ class RunConfig(Config):
     """Config, and what a run is beside its algorithm. None: depends, see `resolve`."""
     rounds: int | None = option(None, "communication rounds (R); bundled model 5, else 500")
     local_steps: int | None = option(None, "steps of a client in a round (K); 30")
-    lr: float | None = option(None, "learning rate of the clients (eta); bundled model 3e-3, else 1e-4")
-    server_lr: float | None = option(None, "learning rate of the alignment; bundled model 2e-3, else 1e-4")
+    lr: float | None = option(None, "clients' learning rate (eta); bundled model 3e-3, else 1e-4")
+    server_lr: float | None = option(None, "that of the alignment; bundled model 2e-3, else 1e-4")
     task: str = option("gsm8k", "what the clients' data teaches", choices=TASKS)
     method: str = option("fedbiot", "federated method", choices=tuple(baselines.MODULES))
-    ckpt: str | None = option(None, "checkpoint folder, Meta's or Hugging Face's; default the bundled model")
-    data_dir: str | None = option(None, "folder of the official data files; default the bundled data")
-    preset: str = option("paper", "paper, or what the authors' code computes", choices=tuple(PRESETS))
-    clients: int | None = option(None, "number of clients; default the task's (gsm8k 3, rosetta 9, dolly 8)")
+    ckpt: str | None = option(None, "model's folder, Meta's or Hugging Face's; default the bundled")
+    data_dir: str | None = option(None, "folder of the data files; default the bundled data")
+    preset: str = option("paper", "paper, or what its authors' code does", choices=tuple(PRESETS))
+    clients: int | None = option(None, "clients; default the task's (gsm8k 3, rosetta 9, dolly 8)")
     max_len: int | None = option(None, "longest training sequence in tokens; default the task's")
-    shots: int | None = option(None, "worked examples in the evaluation's prompt; bundled model 0, else 8")
-    samples: int | None = option(None, "programs a problem in rosetta's evaluation; bundled model 1 (greedy), else 20")
-    run_code: bool = option(False, "rosetta's evaluation runs those programs, sandboxed; else it compares their text")
+    shots: int | None = option(None, "worked examples in its prompts; bundled model 0, else 8")
+    samples: int | None = option(None, "rosetta: programs a problem; bundled model 1, else 20")
+    run_code: bool = option(False, "rosetta: run the programs, sandboxed; else compare texts")
     eval_every: int = option(0, "rounds between evaluations (0: only at the end)")
     eval_limit: int = option(0, "first N test examples (0: all)")
-    validate: int = option(0, "hold out the last N training rows and score those, not the test set (gsm8k)")
+    validate: int = option(0, "hold out the last N training rows and score those (gsm8k)")
     strip_annotations: bool = option(False, "take GSM8K's <<48/2=24>> out of the training answers")
     eval_batch: int = option(64, "sequences generated at a time")
     device: str = option("auto", "cpu, cuda, cuda:1, …; auto: a GPU where there is one")
@@ -79,24 +80,23 @@ class RunConfig(Config):
                         choices=("auto", "fp32", "bf16", "fp16"))
     threads: int = option(0, "CPU threads of every process (0: the host's cores / its processes)")
     out: str | None = option(None, "run folder; default runs/<task>-<method>-…")
-    init_lora: str | None = option(None, "start from this LoRA: a PEFT adapter's folder, a run's folder or its lora.pt")
+    init_lora: str | None = option(None, "LoRA to start from: PEFT's folder, a run's, or a lora.pt")
     tensorboard: bool = option(False, "the log for TensorBoard too, in <run folder>/tensorboard")
     kseed_candidates: int = option(0, "FedKSeed: candidate seeds (K); 0: 4096, for Pro 1024")
     kseed_eps: float = option(5e-4, "FedKSeed: step of the two-point gradient (epsilon)")
     tt_rank: int = option(5, "FedTT: rank of the tensor trains")
     tt_bottleneck: int = option(64, "FedTT: width inside an adapter")
     tt_bias: bool = option(False, "FedTT: biases in the adapters")
-    proxy_ckpt: str | None = option(None, "FedPT: folder of the small model, same tokenizer; default the bundled one")
-    proxy_alpha: float = option(1.0, "FedPT: weight of the small model's change in the proxy (alpha)")
+    proxy_ckpt: str | None = option(None, "FedPT: the small model's folder; default the bundled")
+    proxy_alpha: float = option(1.0, "FedPT: weight of the small model's change (alpha)")
     proxy_steps: int = option(10, "FedPT: distillation steps after a round")
 
 
 def share(text: str) -> Fraction:
     """What was typed, exactly: 0.2 is 1/5."""
     try:
-        value = Fraction(text)
-        float(value)
-    except (ZeroDivisionError, OverflowError):
+        float(value := Fraction(text))
+    except ArithmeticError:
         raise ValueError(text) from None                    # argparse makes one line of it
     return value
 
@@ -106,136 +106,143 @@ def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(RunConfig):
-        flag, default = "--" + f.name.replace("_", "-"), f.default
-        text = f.metadata["help"] + ("" if default is None else f" (default {default})")
-        text = text.replace("%", "%%")
-        if isinstance(default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            kind = {"dropout": share}.get(f.name) or next(k for k in (int, float, str) if k.__name__ in str(f.type))
-            parser.add_argument(flag, type=kind, help=text, choices=f.metadata.get("choices"),
-                                metavar=None if "choices" in f.metadata else f.name.upper())
-    parser.add_argument("--resume", action="store_true", default=False, help="go on from the last finished round of --out")
-    parser.add_argument("--plan", action="store_true", default=False, help="print layers and costs, and exit")
-    parser.add_argument("--json", action="store_true", default=False, help="--plan as one JSON object")
+        text = f.metadata["help"] + ("" if f.default is None else f" (default {f.default})")
+        kind = next(k for k in (bool, int, float, str, Fraction) if k.__name__ in str(f.type))
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
+            "type": share if kind is Fraction else kind, "choices": f.metadata.get("choices"),
+            "metavar": None if "choices" in f.metadata else f.name.upper()}
+        parser.add_argument(flag(f.name), help=text.replace("%", "%%"), **how)
+    for name, text in (("--resume", "go on from the last finished round of --out"),
+                       ("--plan", "print layers and costs, and exit"),
+                       ("--json", "--plan as one JSON object")):
+        parser.add_argument(name, action="store_true", default=False, help=text)
     return parser
 
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def resolve(given: dict) -> RunConfig:
-    """The whole configuration from the flags that were given: preset, then what the checkpoint suggests."""
+    """The whole configuration from the flags given: preset, then what the checkpoint suggests."""
     bundled = given.get("ckpt") is None
-    task = given.get("task", "gsm8k")
-    values = {"max_len": MAX_LEN.get(task), "clients": 1 if given.get("method") == "offsite" else CLIENTS[task]}
-    method = given.get("method", "fedbiot")
-    values |= PAPER | (BUNDLED if bundled else {}) | METHOD.get(method, {})
-    values |= (METHOD_BUNDLED.get(method, {}) if bundled else {}) | PRESETS[given.get("preset", "paper")] | given
+    task, method = given.get("task", "gsm8k"), given.get("method", "fedbiot")
+    values = {"max_len": MAX_LEN[task], "clients": 1 if method == "offsite" else CLIENTS[task]}
+    values |= PAPER | (BUNDLED if bundled else {})
+    if method.startswith("fedkseed"):
+        values |= {"local_steps": 200, "lr": 1e-3 if bundled else 3e-7}
+    values |= PRESETS[given.get("preset", "paper")] | given
     values["ckpt"] = str(given.get("ckpt") or BUNDLED_CKPT)
     values["data_dir"] = str(given.get("data_dir") or BUNDLED_DATA)
-    values["threads"] = values.get("threads") or max(len(os.sched_getaffinity(0)) // local_processes(), 1)
+    cores = len(os.sched_getaffinity(0))
+    values["threads"] = values.get("threads") or max(cores // local_processes(), 1)
     cfg = RunConfig(**values)
     check(cfg)
-    if idle := idle_flags(given, cfg.method):
-        print(f"note: {cfg.method} has no use for {', '.join(idle)}", file=sys.stderr)
-    return cfg
-
-
-def idle_flags(given: dict, method: str) -> list[str]:
-    """Flags that were given and change nothing for this method."""
-    idle = [f for f in given if f in NO_USE[method]
+    idle = [flag(f) for f in given if f in NO_USE[method]
             or any(f.startswith(own) and not method.startswith(its) for own, its in OWN.items())]
-    return ["--" + f.replace("_", "-") for f in idle]
+    if idle:
+        print(f"note: {method} has no use for {', '.join(idle)}", file=sys.stderr)
+    return cfg
 
 
 def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+AT_LEAST_ONE = {"rounds", "local_steps", "batch_size", "rank", "clients", "threads", "eval_batch",
+                "samples", "tt_rank", "tt_bottleneck"}
+
+
 def check(cfg: RunConfig):
-    """Ranges, before anything is read."""
-    for name, least in (("rounds", 1), ("local_steps", 1), ("batch_size", 1), ("rank", 1), ("clients", 1),
-                        ("threads", 1), ("eval_batch", 1), ("align_init", 0), ("align_steps", 0), ("eval_every", 0),
-                        ("eval_limit", 0), ("validate", 0), ("clients_per_round", 0), ("seed", 0), ("shots", 0), ("max_len", 2),
-                        ("samples", 1), ("kseed_candidates", 0), ("tt_rank", 1), ("tt_bottleneck", 1), ("proxy_steps", 0)):
-        if getattr(cfg, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected {least} or more")
-    for name in ("lr", "server_lr", "kl_weight", "prox", "alpha", "proxy_alpha", "max_update_norm", "client_timeout"):
-        if not 0 <= getattr(cfg, name) < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected a finite number, 0 or more")
-    if not 0 < cfg.kseed_eps < float("inf"):
-        raise UserError(f"--kseed-eps {cfg.kseed_eps}: expected a finite number above 0, for example 5e-4")
+    """Ranges, before anything is read; --adapter's and --dropout's wait for the model's layers."""
+    for name, value in vars(cfg).items():
+        least = 2 if name == "max_len" else int(name in AT_LEAST_ONE)
+        if isinstance(value, int) and value < least and name != "adapter":
+            raise UserError(f"{flag(name)} {value}: expected {least} or more")
+        if isinstance(value, float) and not 0 <= value < float("inf"):
+            raise UserError(f"{flag(name)} {value}: expected a finite number, 0 or more")
+    if not cfg.kseed_eps:
+        raise UserError("--kseed-eps 0: expected a finite number above 0, for example 5e-4")
     if cfg.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise UserError("--tensorboard: not installed; pip install tensorboard, or leave it: log.csv has the same numbers")
+        raise UserError("--tensorboard: not installed; pip install tensorboard, or leave it: "
+                        "log.csv has the same numbers")
     if cfg.clients_per_round > cfg.clients:
-        raise UserError(f"--clients-per-round {cfg.clients_per_round}: there are {cfg.clients} clients")
+        raise UserError(f"--clients-per-round {cfg.clients_per_round}: there are {cfg.clients}")
     if cfg.task == "gsm8k":
         gsm8k_shots(cfg.shots)                              # refused now, not after the last round
     if cfg.task == "rosetta" and cfg.run_code:
         make_box()                                          # likewise
     if cfg.validate and cfg.task != "gsm8k":
-        raise UserError(f"--validate {cfg.validate}: only gsm8k trains and tests on rows of one kind; leave it out")
+        raise UserError(f"--validate {cfg.validate}: only gsm8k trains and tests on rows of "
+                        f"one kind; leave it out")
     if cfg.method == "offsite" and cfg.clients != 1:
-        raise UserError(f"--method offsite --clients {cfg.clients}: Offsite-Tuning has one client; fedot has several")
+        raise UserError(f"--method offsite --clients {cfg.clients}: Offsite-Tuning has one client; "
+                        f"fedot has several")
 
 
 # ---- plan ---------------------------------------------------------------------------------------
 
 def plan(c: ModelConfig, cfg) -> dict:
-    """Table 5 by its closed forms: layers, trainable parameters, MB a client a round (down + up), GMAC a token.
+    """Table 5 by its closed forms: layers, trainable parameters, MB a client a round (down + up),
+    GMAC a token.
 
-    GMAC: (L + L_bp - 1) P, with P = a layer's matrices and what is tuned in it, L = layers at the client,
-    L_bp = layers that the backward pass crosses. Norms, head and attention scores are not counted.
+    GMAC: (L + L_bp - 1) P, with P = a layer's matrices and what is tuned in it, L = layers at the
+    client, L_bp = layers that the backward pass crosses. Norms, head, attention scores not counted.
     """
-    n, everything = c.n_layers, list(range(c.n_layers))
+    n, method, module = c.n_layers, cfg.method, baselines.module_of(cfg.method)
+    if method == "fedpt":                                               # FedAvg, on the small model
+        costs = plan(module.small_config(cfg, c.vocab_size)[1], replace(cfg, method="fedavg"))
+        return costs | {"kept_layers": [], "adapter_layers": [], "dropped_layers": list(range(n))}
+    emulator, adapter = [], list(range(n))
+    if method in ("fedbiot", "offsite", "fedot"):
+        emulator, adapter = module.Server.split(n, cfg)
+    held, tuned = len(emulator + adapter), len(adapter)
     matrices, lora = layer_sizes(c, cfg.rank)
-    emulator, adapter, layer = [], everything, matrices + lora
-    if cfg.method in ("fedbiot", "offsite", "fedot"):
-        emulator, adapter = baselines.module_of(cfg.method).Server.split(n, cfg)
-        held, tuned = len(emulator) + len(adapter), len(adapter)
-        trained, sent = lora * tuned, 4 * lora * ((held if cfg.method == "fedbiot" else tuned) + tuned)
-        crossed = held + (tuned if cfg.method == "fedbiot" else held) - 1
-    elif cfg.method == "fedavg":
-        trained, sent, crossed = lora * n, 8 * lora * n, 2 * n - 1
-    elif cfg.method in ("fedkseed", "fedkseed-pro"):                    # two forwards, no backward
-        pro = cfg.method == "fedkseed-pro"
+    layer, trained, sent, crossed = matrices + lora, lora * tuned, 8 * lora * tuned, 2 * held - 1
+    if method == "fedbiot":                         # E's LoRA comes down too; backward ends above E
+        sent, crossed = 4 * lora * (held + tuned), held + tuned - 1
+    elif method.startswith("fedkseed"):                                 # two forwards, no backward
+        pro = method == "fedkseed-pro"
         K = cfg.kseed_candidates or (1024 if pro else 4096)
-        trained, layer, crossed = whole_size(c), matrices, 2 * n
+        layer, trained, crossed = matrices, whole_size(c), 2 * n
         sent = 4 + 4 * K * (1 + pro) + 8 * cfg.local_steps
-    elif cfg.method in ("fedtt", "fedtt+"):                             # FedTT+: mean of a cycle over the cores
-        cores, biases = baselines.module_of(cfg.method).sizes(c.dim, cfg)
-        trained, layer, crossed = n * (cores + biases), matrices + cores + biases, 2 * n - 1
+    elif method.startswith("fedtt"):             # FedTT+: mean of a cycle, where none is absent
+        cores, biases = module.sizes(c.dim, cfg)
+        layer, trained = matrices + cores + biases, n * (cores + biases)
         some_absent = cfg.clients_per_round or cfg.client_timeout
-        sent = 8 * n * (cores / (6 if cfg.method == "fedtt+" and not some_absent else 1) + biases)
-    else:                                                               # FedPT: FedAvg, on the small model
-        _, small = baselines.module_of(cfg.method).small_config(cfg, c.vocab_size)
-        matrices, lora = layer_sizes(small, cfg.rank)
-        adapter, layer, crossed = [], matrices + lora, 2 * small.n_layers - 1
-        trained, sent = lora * small.n_layers, 8 * lora * small.n_layers
-    dropped = sorted(set(everything) - set(emulator) - set(adapter))
+        cycle = 6 if method == "fedtt+" and not some_absent else 1
+        sent = 8 * n * (cores / cycle + biases)
+    dropped = sorted(set(range(n)) - set(emulator + adapter))
     return {"kept_layers": emulator, "adapter_layers": adapter, "dropped_layers": dropped,
-            "trainable_params": trained, "comm_mb_per_round": sent / 1e6, "gmac_per_token": crossed * layer / 1e9}
+            "trainable_params": trained, "comm_mb_per_round": sent / 1e6,
+            "gmac_per_token": crossed * layer / 1e9}
 
 
 def layer_sizes(c: ModelConfig, rank: int) -> tuple[int, int]:
     """Parameters of a layer's matrices, and of its LoRA on wq and wv."""
     kv = c.n_kv_heads * c.head_dim
-    return 2 * c.dim * c.dim + 2 * c.dim * kv + 3 * c.dim * c.hidden_dim, rank * (2 * c.dim + c.dim + kv)
+    return 2 * c.dim * (c.dim + kv) + 3 * c.dim * c.hidden_dim, rank * (3 * c.dim + kv)
 
 
 def whole_size(c: ModelConfig) -> int:
-    """Parameters of the model. LLaMA's old params.json leave the vocabulary to the tokenizer: 32,000 pieces."""
-    vocab = 32000 if c.vocab_size == -1 else c.vocab_size
-    return c.n_layers * (layer_sizes(c, 0)[0] + 2 * c.dim) + c.dim + vocab * c.dim * (1 if c.tied else 2)
+    """Parameters of the model. Where the tokenizer has the vocabulary, it is LLaMA's: 32,000."""
+    embeddings = c.dim * (32000 if c.vocab_size == -1 else c.vocab_size)
+    layers = c.n_layers * (layer_sizes(c, 0)[0] + 2 * c.dim)
+    return layers + c.dim + embeddings * (1 if c.tied else 2)
 
 
 def print_plan(p: dict, c: ModelConfig, cfg):
     def layers(name):
         return f"{len(p[name]):3d}   " + " ".join(map(str, p[name]))
-    for name, text in (("method", f"{cfg.method}, {cfg.task}, {cfg.clients} clients, {cfg.rounds} rounds"),
-                       ("model", f"{c.n_layers} layers x {c.dim}, {cfg.ckpt}"), ("kept (emulator)", layers("kept_layers")),
-                       ("dropped", layers("dropped_layers")), ("adapter", layers("adapter_layers")),
-                       ("trainable", f"{p['trainable_params']:,} parameters"),
-                       ("communication", f"{megabytes(p['comm_mb_per_round'] * 1e6)} a client a round, down + up"),
-                       ("compute", f"{p['gmac_per_token']:.4g} GMAC a token at a client")):
+    traffic = megabytes(p["comm_mb_per_round"] * 1e6)
+    for name, text in {
+            "method": f"{cfg.method}, {cfg.task}, {cfg.clients} clients, {cfg.rounds} rounds",
+            "model": f"{c.n_layers} layers x {c.dim}, {cfg.ckpt}",
+            "kept (emulator)": layers("kept_layers"), "dropped": layers("dropped_layers"),
+            "adapter": layers("adapter_layers"),
+            "trainable": f"{p['trainable_params']:,} parameters",
+            "communication": f"{traffic} a client a round, down + up",
+            "compute": f"{p['gmac_per_token']:.4g} GMAC a token at a client"}.items():
         print(f"{name:16}  {text}")
 
 
@@ -245,21 +252,24 @@ COLUMNS = ("round", "client_loss", "align_l2", "align_kl", "bytes_down", "bytes_
 
 
 def write(path: Path, fill):
-    """`fill(file)` into a temporary name, synced, renamed: the old file stays until the new one is whole."""
+    """`fill(file)` into a temporary name, synced, renamed: the old stays until the new is whole."""
     part = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())
         part.rename(path)
-        folder = os.open(path.parent, os.O_RDONLY)              # the new name too must outlive a power cut
+        folder = os.open(path.parent, os.O_RDONLY)          # the name must outlive a power cut too
         os.fsync(folder)
         os.close(folder)
-    except (OSError, RuntimeError) as error:                    # RuntimeError: torch.save, whose file could not grow
-        raise UserError(f"{path}: cannot be written ({error}); what was there before is unchanged") from None
+    except (OSError, RuntimeError) as error:                # RuntimeError: torch.save, disk full
+        raise UserError(f"{path}: cannot be written ({error}); "
+                        f"what was there before is unchanged") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def write_json(path: Path, content: dict):
@@ -267,29 +277,43 @@ def write_json(path: Path, content: dict):
 
 
 def write_log(folder: Path, rows: list[dict]):
-    columns = list(COLUMNS) + [k for k in dict.fromkeys(k for row in rows for k in row) if k not in COLUMNS]
-    lines = [",".join(columns)] + [",".join(str(row.get(c, "")) for c in columns) for row in rows]
-    write(folder / "log.csv", lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    columns = list(dict.fromkeys([*COLUMNS, *(k for row in rows for k in row)]))
+    table = [columns] + [[str(row.get(c, "")) for c in columns] for row in rows]
+    text = "".join(",".join(line) + "\n" for line in table)
+    write(folder / "log.csv", lambda file: file.write(text.encode()))
 
 
 def as_json(cfg: RunConfig) -> dict:
     return {k: str(v) if isinstance(v, Fraction) else v for k, v in asdict(cfg).items()}
 
 
-def run_folder(cfg: RunConfig, resume: bool, restarted: bool = False) -> Path:
-    """Where the run goes. An explicit --out that exists needs --resume; a default name takes -2, -3, …, and is
-    resumed at the last of them. What torchrun restarts goes on, but not with a finished run."""
+def run_folder(cfg: RunConfig, resume: bool, restarted: bool) -> Path:
+    """Where the run goes. An explicit --out that exists needs --resume; a default name takes -2, -3
+    …, and the last is resumed. What torchrun restarts goes on, but not with a finished run."""
     if cfg.out:
         folder = Path(cfg.out)
         if folder.exists() and not (resume or restarted):
-            raise UserError(f"--out {folder}: exists already; add --resume to go on with it, or choose another name")
+            raise UserError(f"--out {folder}: exists already; add --resume to go on with it, "
+                            f"or choose another name")
         return folder
     name = f"{cfg.task}-{cfg.method}-b{float(cfg.dropout):g}-s{cfg.adapter}-seed{cfg.seed}"
     last, folder, number = None, Path("runs") / name, 1
     while folder.exists():
         number += 1
         last, folder = folder, Path("runs") / f"{name}-{number}"
-    return last if last and (resume or restarted and not (last / "summary.json").exists()) else folder
+    go_on = last and (resume or restarted and not (last / "summary.json").exists())
+    return last if go_on else folder
+
+
+@contextlib.contextmanager
+def reading_state(folder: Path):
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file, and what it holds, raise nearly anything
+        raise UserError(f"{folder / 'state.pt'}: not a state that can be resumed "
+                        f"({str(error)[:100]}); move it away to start anew") from None
 
 
 def load_state(folder: Path, cfg: RunConfig) -> dict | None:
@@ -297,225 +321,204 @@ def load_state(folder: Path, cfg: RunConfig) -> dict | None:
     path = folder / "state.pt"
     if not path.is_file():
         return None
-    try:
+    with reading_state(folder):
         state = read_saved(path)
         then, now = state["config"] | {}, as_json(cfg)
         if [row["round"] for row in state["rows"]] != list(range(1, len(state["rows"]) + 1)):
             raise ValueError("its rounds are not 1, 2, …")
-    except Exception as error:  # a damaged file raises nearly anything
-        raise UserError(f"{path}: not a state that can be resumed ({str(error)[:100]}); move it away to start anew") from None
-    if flag := difference(then, now, ("out", "device", "client_timeout", "tensorboard")):
-        raise UserError(f"{path}: was made with --{flag.replace('_', '-')} {then.get(flag)}, now it is {now[flag]}; "
-                        f"resume with the same flags, or choose another --out")
+    if name := difference(then, now, FREE | {"client_timeout"}):
+        raise UserError(f"{path}: was made with {flag(name)} {then.get(name)}, now it is "
+                        f"{now[name]}; resume with the same flags, or choose another --out")
     return state
 
 
-def go_on_from(state: dict, server, folder: Path):
-    try:
-        server.load_state_dict(state)
-    except UserError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
-        raise UserError(f"{folder / 'state.pt'}: not this method's and this model's state ({str(error)[:100]}); "
-                        f"move it away to start anew") from None
+FREE = {"out", "device", "tensorboard"}
 
 
-def difference(then: dict, now: dict, free: tuple[str, ...]) -> str | None:
+def difference(then: dict, now: dict, free: set[str]) -> str | None:
     """The first flag in which two configurations differ, but for those that are free to."""
     return next((key for key in now if key not in free and then.get(key) != now[key]), None)
 
 
 # ---- processes ----------------------------------------------------------------------------------
-# Short JSON messages go through torch.distributed's key-value store, tensors through its process group,
-# and only once the other side has asked for them. So nobody hangs in a receive: a slow client can be
-# left out of a round, and a rank that fails is heard by all who wait.
+# Short JSON messages go through torch.distributed's key-value store, tensors through its process
+# group, and only once the other side waits for them. So nobody hangs in a receive: a slow client
+# can be left out of a round, and a rank that fails is heard by all who wait.
 
-DTYPES = {str(d): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8,
-                              torch.bool)}
+DTYPES = {str(d): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.int32,
+                              torch.int64, torch.uint8, torch.bool)}
+
+
+def described(header) -> Payload:
+    """What a header claims, as tensors without memory; {} where it is no header."""
+    try:
+        return {str(name): torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+                for name, dtype, shape in header}
+    except (ValueError, KeyError, TypeError, RuntimeError):
+        return {}
 
 
 def header_of(payload: Payload) -> list:
     return [[name, str(t.dtype), list(t.shape)] for name, t in payload.items()]
 
 
-def described(header) -> Payload:
-    """What a header claims, as tensors without memory; {} where it is no header."""
-    try:
-        return {str(name): torch.empty(shape, dtype=DTYPES[dtype], device="meta") for name, dtype, shape in header}
-    except (ValueError, KeyError, TypeError, RuntimeError):
-        return {}
-
-
-def met(store, rank: int, world: int) -> str:
-    """A word that this start's ranks share. torchrun may keep the store when it restarts them, so what the
-    dead have left in it must not count: rank 0 answers each greeting, and only the living answer back."""
-    me, missing = secrets.token_hex(8), set(range(1, world))
+def meet(store, rank: int, world: int) -> str:
+    """A word that this start's ranks share. torchrun may keep the store when it restarts them, so
+    what the dead left there must not count: rank 0 answers each greeting, only the living reply."""
+    word = mine = secrets.token_hex(8)
     if rank:
-        store.set(f"hello {rank}", me)
-        word = store.get(f"welcome {me}").decode()                      # waits
-        store.set(f"here {word} {rank}", me)
-        return word
-    while missing:
-        for r in [r for r in missing if store.check([f"hello {r}"])]:
-            store.set(f"welcome {store.get(f'hello {r}').decode()}", me)
-            if store.check([f"here {me} {r}"]):
-                missing.remove(r)
+        store.set(f"hello {rank}", mine)
+        word = store.get(f"welcome {mine}").decode()                    # waits
+        store.set(f"here {word} {rank}", "")
+    while rank == 0 and not store.check([f"here {word} {r}" for r in range(1, world)]):
+        for r in range(1, world):
+            store.set(f"welcome {store.get(f'hello {r}').decode()}", word)
         time.sleep(0.01)
-    return me
+    return word
+
+
+@contextlib.contextmanager
+def reaching(whom: str):
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{whom} cannot be reached: {str(error).splitlines()[0][:120]}") from None
 
 
 class Processes:
-    """The wire between processes: rank 0 is the server, every other rank serves some of the clients.
+    """The wire between processes: rank 0 is the server, the others serve the clients.
 
-    Only the order of the clients counts in what is summed, so any number of ranks gives the same bits.
+    Sums are in the order of the clients, so any number of ranks gives the same bits.
     """
     def __init__(self):
-        try:
+        with reaching("torchrun's other processes"):
             store, self.rank, self.world = next(dist.rendezvous("env://"))
-            self.store = dist.PrefixStore(met(store, self.rank, self.world), store)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"torchrun: the other processes cannot be reached: {str(error)[:120]}") from None
-        self.late = set()               # ranks that are still at work on what was given up
+            self.store = dist.PrefixStore(meet(store, self.rank, self.world), store)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, None, timedelta(hours=24), self.world, self.rank,
+                                    self.store)             # hours: a server may align for long
+        self.busy = {}          # rank: (round, client, since), of orders that have no answer yet
 
-    def connect(self, cfg: RunConfig, device):
-        """The process group. Its own timeout is long: a server may align or evaluate for hours."""
-        self.cfg, self.device, mine = cfg, device, as_json(cfg)
-        if self.rank == 0:              # nccl has one GPU a rank; where ranks share one, tensors go by way of the CPU
-            own_gpu = device.type == "cuda" and torch.cuda.device_count() >= local_processes()
-            backend = "nccl" if own_gpu else "gloo"
-            for rank in range(1, self.world):
-                self.post(f"to {rank}", [mine, backend])
-            for rank in range(1, self.world):
-                self.wait(f"from {rank}")
-            for rank in range(1, self.world):                           # nobody connects before all are well
-                self.post(f"to {rank}", "connect")
-        else:
-            theirs, backend = self.wait(f"to {self.rank}")
-            free = ("out", "device", "threads", "ckpt", "proxy_ckpt", "data_dir", "init_lora", "tensorboard")
-            if flag := difference(theirs, mine, free):
-                raise UserError(f"rank {self.rank}: was started with --{flag.replace('_', '-')} {mine[flag]}, rank 0 "
-                                f"with {theirs.get(flag)}; give all hosts the same flags")
-            self.post(f"from {self.rank}", "ready")
-            self.wait(f"to {self.rank}")
-        self.place = device if backend == "nccl" else torch.device("cpu")
-        if self.place.type == "cuda":
-            torch.cuda.set_device(device)
-        with self.reaching("the others"):
-            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world,
-                                    timeout=timedelta(hours=24))
+    def post(self, rank: int, message, payload: Payload):
+        """A message to a rank, and what tensors belong to it."""
+        with reaching("torchrun's store"):
+            self.store.set(f"{self.rank} to {rank}", json.dumps([message, header_of(payload)]))
 
-    @contextlib.contextmanager
-    def reaching(self, whom):
-        try:
-            yield
-        except RuntimeError as error:
-            raise UserError(f"rank {self.rank} cannot reach {whom}: {str(error).splitlines()[0][:120]}") from None
-
-    def post(self, key: str, message):
-        with self.reaching("the store"):
-            self.store.set(key, json.dumps(message))
-
-    def look(self, key: str):
-        """Takes the message under a key; None: not there yet. Ends this process where the run has ended."""
-        with self.reaching("the store"):
+    def look(self, rank: int):
+        """A rank's message and header, once; None: not yet. Exits if the run has ended."""
+        key = f"{rank} to {self.rank}"
+        with reaching("torchrun's store"):
             if self.store.check(["end"]):
                 sys.exit(int(self.store.get("end").split()[0]))
-            if not self.store.check([key]):
-                return None
-            message = self.store.get(key)
-            self.store.delete_key(key)
-        return json.loads(message)
+            if self.store.check([key]):
+                message = self.store.get(key)
+                self.store.delete_key(key)
+                return json.loads(message)
 
-    def wait(self, key: str):
-        while (message := self.look(key)) is None:
+    def wait(self) -> tuple:
+        """The server's next order."""
+        while (order := self.look(0)) is None:
             time.sleep(0.01)
-        return message
+        return order
 
-    def send(self, payload: Payload, rank: int):
-        """Every tensor as its bytes: gloo does not know all dtypes."""
-        with self.reaching(f"rank {rank}"):
+    def send(self, rank: int, payload: Payload):
+        """Every tensor as its bytes: gloo does not know all dtypes. Waits for the receiver."""
+        with reaching(f"rank {rank}"):
             for t in payload.values():
                 dist.send(t.detach().to(self.place).contiguous().view(-1).view(torch.uint8), rank)
 
-    def receive(self, like: Payload, rank: int) -> Payload:
+    def receive(self, rank: int, like: Payload) -> Payload:
         payload = {name: torch.empty_like(t, device=self.place) for name, t in like.items()}
-        with self.reaching(f"rank {rank}"):
+        with reaching(f"rank {rank}"):
             for t in payload.values():
                 dist.recv(t.view(-1).view(torch.uint8), rank)
         return {name: t.to(self.device) for name, t in payload.items()}
 
-    def start_clients(self, bootstrap: Payload):
+    def travel(self, device, own_gpu: bool):
+        """Tensors go from GPU to GPU if every rank has one of its own, else by way of the CPU."""
+        self.device, self.place = device, device if own_gpu else torch.device("cpu")
+        if own_gpu:
+            torch.cuda.set_device(device)
+
+    def start_clients(self, cfg: RunConfig, device, bootstrap: Payload):
+        self.timeout = cfg.client_timeout or float("inf")
+        own_gpu = device.type == "cuda" and torch.cuda.device_count() >= local_processes()
+        self.travel(device, own_gpu)
         for rank in range(1, self.world):
-            self.post(f"to {rank}", header_of(bootstrap))
-            self.send(bootstrap, rank)
+            self.post(rank, [as_json(cfg), own_gpu], bootstrap)
+            self.send(rank, bootstrap)
+        return self
 
-    def serve(self, make_client, shards):
-        """A client rank's life, until the run ends: builds itself from what it is sent, then obeys orders."""
-        client, upload = make_client(self.receive(described(self.wait(f"to {self.rank}")), 0)), {}
+    def serve(self, cfg: RunConfig, device, shards):
+        """A client rank's life: compares flags, builds itself from what it is sent, obeys."""
+        ([flags, own_gpu], header), mine, upload = self.wait(), as_json(cfg), {}
+        free = FREE | {"threads", "ckpt", "proxy_ckpt", "data_dir", "init_lora"}
+        if name := difference(flags, mine, free):
+            raise UserError(f"rank {self.rank}: was started with {flag(name)} {mine[name]}, rank 0 "
+                            f"with {flags.get(name)}; give all hosts the same flags")
+        self.travel(device, own_gpu)
+        bootstrap = self.receive(0, described(header))
+        client = baselines.module_of(cfg.method).Client(bootstrap, cfg, device)
         while True:
-            order = self.wait(f"to {self.rank}")
+            order, header = self.wait()
             if order == "send":
-                self.send(upload, 0)
-                continue
-            t, m, header = order
-            upload, metrics = client.update(t, self.receive(described(header), 0), shards[m], m)
-            self.post(f"from {self.rank}", [header_of(upload), metrics])
+                self.send(0, upload)
+            else:
+                t, m = order
+                payload = self.receive(0, described(header))
+                upload, metrics = client.update(t, payload, shards[m], m)
+                self.post(0, metrics, upload)
 
-    def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> dict[int, tuple[Payload, dict]]:
-        """As Wire.round; clients that are silent for --client-timeout are left out."""
-        self.down, self.up, results, busy = [], [], {}, {}
-        ranks = [r for r in range(1, self.world) if r not in self.late or self.look(f"from {r}")]
-        self.late = set(range(1, self.world)) - set(ranks)
-        queues = {r: list(chosen[i::len(ranks)]) for i, r in enumerate(ranks)}
+    def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> dict:
+        """As Wire.round: a free rank takes the next client. Goes on without those that have been at
+        work for longer than --client-timeout; what they offer in a later round is not asked for."""
+        self.down, self.up, results, todo, waiting = [], [], {}, list(chosen), True
         bar = tqdm(total=len(chosen), desc=f"round {t + 1}", leave=False, disable=None)
-        while busy or any(queues.values()):
-            for rank in queues:
-                if rank in busy and (answer := self.look(f"from {rank}")) is not None:
-                    results[busy.pop(rank)[0]] = self.collect(rank, answer, expected)
-                    bar.update()
-                if rank not in busy and queues[rank]:
-                    m = queues[rank].pop(0)
-                    self.post(f"to {rank}", [t, m, header_of(payload)])
-                    self.send(payload, rank)
+        while waiting:
+            for rank in range(1, self.world):
+                if rank in self.busy and (answer := self.look(rank)) is not None:
+                    began, m, _ = self.busy.pop(rank)
+                    if began == t:
+                        results[m] = self.collect(rank, answer, expected)
+                        bar.update()
+                if rank not in self.busy and todo:
+                    self.busy[rank] = t, todo.pop(0), time.monotonic()
+                    self.post(rank, self.busy[rank][:2], payload)
+                    self.send(rank, payload)
                     self.down.append(payload_bytes(payload))
-                    busy[rank] = m, time.monotonic()
-            for rank in [r for r, (_, since) in busy.items() if 0 < self.cfg.client_timeout < time.monotonic() - since]:
-                del busy[rank]
-                self.late.add(rank)
-                rest = queues.pop(rank)
-                if queues:                                              # others take over what it had not begun
-                    min(queues.values(), key=len).extend(rest)
+            now = time.monotonic()
+            waiting = any(now - since < self.timeout for _, _, since in self.busy.values())
             time.sleep(0.01)
         bar.close()
-        for m in chosen:
-            if m not in results:
-                print(f"round {t + 1}, client {m}: left out, no upload within --client-timeout "
-                      f"{self.cfg.client_timeout:g} s", file=sys.stderr)
+        for m in sorted(set(chosen) - set(results)):
+            print(f"round {t + 1}, client {m}: left out, no upload within --client-timeout "
+                  f"{self.timeout:g} s", file=sys.stderr)
         return {m: results[m] for m in chosen if m in results}
 
     def collect(self, rank: int, answer, expected: Payload) -> tuple[Payload, dict]:
-        """An upload, asked for only if its header fits: else what it claims, which `accepted` will reject."""
+        """An upload, asked for if its header fits; else its header, which `accepted` rejects."""
         try:
-            upload, metrics = described(answer[0]), {"loss": float(answer[1]["loss"])}
+            metrics, upload = {"loss": float(answer[0]["loss"])}, described(answer[1])
         except (TypeError, ValueError, LookupError):
-            upload, metrics = {}, {}
+            metrics, upload = {}, {}
         if not misfit(upload, expected):
-            self.post(f"to {rank}", "send")
-            upload = self.receive(upload, rank)
+            self.post(rank, "send", {})
+            upload = self.receive(rank, upload)
             self.up.append(payload_bytes(upload))
         return upload, metrics
 
     def end(self, status: int) -> bool:
         """All ranks stop. True for the first to say so: its line is the one to print."""
-        mine = f"{status} {self.rank}"
+        mine, first, until = f"{status} {self.rank}", True, time.monotonic() + 10
         try:
             first = self.store.compare_set("end", "", mine).decode() == mine
-            self.store.add("gone", 1)
-            waits, until = first or self.rank == 0, time.monotonic() + 3
-            while waits and self.store.add("gone", 0) < self.world and time.monotonic() < until:
-                time.sleep(0.01)                        # rank 0 may be the store's host
+            others = [f"gone {r}" for r in range(1, self.world) if r != self.rank]
+            waits = others if first or self.rank == 0 else []       # the store may be rank 0's
+            while waits and time.monotonic() < until and not self.store.check(waits):
+                time.sleep(0.01)
+            self.store.set(f"gone {self.rank}", "")                 # a client's last word
         except RuntimeError:
-            return True
+            pass                                            # it is gone already
         return first
 
 
@@ -523,13 +526,14 @@ class Processes:
 
 def round_line(r: dict, rounds: int) -> str:
     parts = [f"round {r['round']:{len(str(rounds))}d}", f"client {r['client_loss']:.3f}"]
+    if "distill_kl" in r:
+        parts.append(f"distil kl {r['distill_kl']:.3f} drift {r['drift']:.2f}")
     if "align_l2" in r:
         parts.append(f"align l2 {r['align_l2']:.3f} kl {r['align_kl']:.3f}")
     parts.append(f"down {megabytes(r['bytes_down'])} up {megabytes(r['bytes_up'])}")
     parts.append(f"{r['seconds']:.0f} s")
-    if "distill_kl" in r:
-        parts.insert(2, f"distil kl {r['distill_kl']:.3f} drift {r['drift']:.2f}")
-    parts += [f"{name} {r[name]:.1%}" for name in r if name not in COLUMNS + ("distill_kl", "drift")]
+    logged = COLUMNS + ("distill_kl", "drift")
+    parts += [f"{name} {r[name]:.1%}" for name in r if name not in logged]
     return " | ".join(parts)
 
 
@@ -542,7 +546,8 @@ def print_summary(summary: dict):
     for name, m in summary["metrics"].items():
         print(f"{name:10} {m['accuracy']:9.1%}   {m['correct']} of {m['total']}")
     print(f"\na client, a round: {megabytes(summary['bytes_down_per_client_round'])} down, "
-          f"{megabytes(summary['bytes_up_per_client_round'])} up; once: {megabytes(summary['bootstrap_bytes'])}; "
+          f"{megabytes(summary['bytes_up_per_client_round'])} up; "
+          f"once: {megabytes(summary['bootstrap_bytes'])}; "
           f"{summary['trainable_params']:,} trainable parameters; {summary['seconds']:.0f} s")
 
 
@@ -556,10 +561,6 @@ class Run:
         self.state = state or {"config": as_json(cfg), "rows": [], "seconds": 0.0, "metrics": {}}
         self.rows = self.state["rows"]
         self.start = time.perf_counter() - self.state["seconds"]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {folder}: no folder can be made there ({error})") from None
         write_json(folder / "config.json", as_json(cfg))
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -570,7 +571,8 @@ class Run:
 
     def save(self):
         """state.pt is in place before the round's row is in the log."""
-        self.state |= {"server": self.server.state_dict(), "seconds": time.perf_counter() - self.start}
+        seconds = time.perf_counter() - self.start
+        self.state |= {"server": self.server.state_dict(), "seconds": seconds}
         write(self.folder / "state.pt", lambda file: torch.save(self.state, file))
         write_log(self.folder, self.rows)
 
@@ -582,36 +584,34 @@ class Run:
             for name, value in record.items():
                 self.board.add_scalar(name, value, record["round"])
             self.board.flush()
-        print(round_line(self.rows[-1], self.cfg.rounds), flush=True)
+        print(round_line(record, self.cfg.rounds), flush=True)
 
     def evaluate_if_due(self):
         """The last row's accuracies; the base model never changes and is scored once."""
-        row, cfg = self.rows[-1], self.cfg
+        row, cfg, metrics = self.rows[-1], self.cfg, self.state["metrics"]
         last = row["round"] == cfg.rounds
         if "base" in row or not (last or cfg.eval_every and row["round"] % cfg.eval_every == 0):
             return
-        opts = argparse.Namespace(data_dir=cfg.data_dir, limit=cfg.eval_limit, shots=cfg.shots,
-                                  batch_size=cfg.eval_batch, max_new_tokens=0, validate=cfg.validate, samples=cfg.samples,
-                                  temperature=None, top_k=40, top_p=0.75, k=0, seed=cfg.seed, run_code=cfg.run_code,
-                                  unsafe_no_sandbox=False, save_predictions=None)
+        opts = argparse.Namespace(**vars(cfg) | {
+            "limit": cfg.eval_limit, "batch_size": cfg.eval_batch, "max_new_tokens": 0,
+            "temperature": None, "top_k": 40, "top_p": 0.75, "k": 0, "unsafe_no_sandbox": False,
+            "save_predictions": None})
         for name, lm in self.server.models().items():
-            if name != "base" or "base" not in self.state["metrics"]:
-                self.state["metrics"][name] = evaluate(lm, self.tokenizer, cfg.task, opts, f"evaluate {name}")
-            row[name] = self.state["metrics"][name]["accuracy"]
+            if name != "base" or "base" not in metrics:
+                metrics[name] = evaluate(lm, self.tokenizer, cfg.task, opts, f"evaluate {name}")
+            row[name] = metrics[name]["accuracy"]
         self.save()
 
     def finish(self, bootstrap_bytes: int, trainable: int) -> dict:
         """lora.pt and summary.json: what other tools read."""
-        learnt = self.server.state_dict()["learnt"]
+        learnt, cfg = self.server.state_dict()["learnt"], self.cfg
         write(self.folder / "lora.pt", lambda file: torch.save(learnt, file))
-
-        def mean(column):
-            return sum(row[column] for row in self.rows) / len(self.rows)
-        summary = {"task": self.cfg.task, "method": self.cfg.method, "seed": self.cfg.seed, "rounds": self.cfg.rounds,
-                   "metrics": self.state["metrics"], "bytes_down_per_client_round": mean("bytes_down"),
-                   "bytes_up_per_client_round": mean("bytes_up"), "bootstrap_bytes": bootstrap_bytes,
-                   "trainable_params": trainable, "peak_memory_bytes": peak_memory(),
-                   "seconds": self.state["seconds"]}
+        summary = {"task": cfg.task, "method": cfg.method, "seed": cfg.seed, "rounds": cfg.rounds,
+                   "metrics": self.state["metrics"],
+                   "bytes_down_per_client_round": fmean(row["bytes_down"] for row in self.rows),
+                   "bytes_up_per_client_round": fmean(row["bytes_up"] for row in self.rows),
+                   "bootstrap_bytes": bootstrap_bytes, "trainable_params": trainable,
+                   "peak_memory_bytes": peak_memory(), "seconds": self.state["seconds"]}
         write_json(self.folder / "summary.json", summary)
         return summary
 
@@ -623,51 +623,24 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def notes(processes: Processes | None):
-    """Where notes may be printed: by one process, or by rank 0 of several."""
-    return contextlib.redirect_stderr(io.StringIO()) if processes and processes.rank else contextlib.nullcontext()
-
-
-def device_of(cfg: RunConfig) -> torch.device:
-    """--device; under torchrun each process takes the host's next GPU."""
-    device = pick_device(cfg.device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    return device
-
-
-def shards_of(cfg: RunConfig, tokenizer) -> list:
-    return make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len, cfg.seed, cfg.validate,
-                       cfg.strip_annotations)
-
-
-def serve_clients(cfg: RunConfig, processes: Processes) -> int:
-    """A rank above 0. Tokenizer and data are read here; of the model there is only what the server sends."""
-    torch.set_num_threads(cfg.threads)
-    with notes(processes):
-        tokenizer = load_tokenizer(cfg.ckpt, ModelConfig.read(cfg.ckpt))
-        shards = shards_of(cfg, tokenizer)
-    device = device_of(cfg)
-    processes.connect(cfg, device)
-    processes.serve(lambda bootstrap: baselines.module_of(cfg.method).Client(bootstrap, cfg, device), shards)
-    return 0
-
-
 def main(argv=None) -> int:
-    """One process, or one rank of those that torchrun started: an error of any ends all, in one line."""
-    if "RANK" not in os.environ:
+    """One process, or one rank of torchrun's: an error of any of them ends all, in one line."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return run(argv)
     processes = Processes()
     try:
-        status = run(argv, processes)
-    except SystemExit as ended:
-        processes.end(ended.code)
-        raise
+        with contextlib.ExitStack() as quiet:
+            if processes.rank:                              # rank 0 prints, and whoever fails first
+                nowhere = quiet.enter_context(open(os.devnull, "w"))
+                quiet.enter_context(contextlib.redirect_stdout(nowhere))
+                quiet.enter_context(contextlib.redirect_stderr(nowhere))
+            status = run(argv, processes)
     except BaseException as error:
-        status = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)     # 1: a bug, with its traceback
+        status = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)         # 1: a bug
+        status = error.code if isinstance(error, SystemExit) else status
         if processes.end(status) or status == 1:
             raise
-        sys.exit(status)                                        # another rank has said why
+        sys.exit(status)                                    # another rank has said why
     processes.end(status)
     return status
 
@@ -675,48 +648,47 @@ def main(argv=None) -> int:
 def run(argv=None, processes: Processes | None = None) -> int:
     args = vars(make_parser().parse_args(argv))
     resume, only_plan, as_json_object = args.pop("resume"), args.pop("plan"), args.pop("json")
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    with notes(processes):
-        cfg = resolve(args)
-    if processes and processes.rank and not only_plan:
-        return serve_clients(cfg, processes)
-    model_config = ModelConfig.read(cfg.ckpt)
+    cfg = resolve(args)
+    torch.set_num_threads(cfg.threads)
+    model_config, method = ModelConfig.read(cfg.ckpt), baselines.module_of(cfg.method)
     costs = plan(model_config, cfg)
     if only_plan:
-        if not (processes and processes.rank):
-            print(json.dumps(costs)) if as_json_object else print_plan(costs, model_config, cfg)
+        print(json.dumps(costs)) if as_json_object else print_plan(costs, model_config, cfg)
         return 0
-    folder = run_folder(cfg, resume, restarted)
-    resume = resume or restarted
-    if resume and (folder / "summary.json").is_file():
-        print(f"{folder}: this run is finished", file=sys.stderr)
-        return 0
+    if not (processes and processes.rank):                  # of rank 0 alone: its run folder
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        folder = run_folder(cfg, resume, restarted)
+        if (resume or restarted) and (folder / "summary.json").is_file():
+            print(f"{folder}: this run is finished", file=sys.stderr)
+            return 0
+        state = load_state(folder, cfg)
     if cfg.method == "fedpt":
-        baselines.module_of(cfg.method).check_pieces(cfg)
-    torch.set_num_threads(cfg.threads)
-    state = load_state(folder, cfg)
-    device, wire = device_of(cfg), Wire()
-    if processes and processes.world > 1:
-        wire = processes
-        wire.connect(cfg, device)
-    full, tokenizer = load(cfg.ckpt, dtype=pick_dtype(cfg.dtype, device), device=device)
-    shards = shards_of(cfg, tokenizer)
-    public = make_public(cfg.data_dir, tokenizer, cfg.max_len)
+        method.check_pieces(cfg)
+    device = pick_device(cfg.device)
+    if device.type == "cuda" and device.index is None:  # each process of a host takes the next GPU
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    tokenizer = load_tokenizer(cfg.ckpt, model_config)
+    shards = make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len, cfg.seed,
+                         cfg.validate, cfg.strip_annotations)
+    if processes and processes.rank:
+        processes.serve(cfg, device, shards)                # until the run ends
     if cfg.task == "gsm8k":
-        read_gsm8k(cfg.data_dir, "test")                            # a bad file is refused now, not after training
+        read_gsm8k(cfg.data_dir, "test")                    # a bad file is refused before training
+    full, _ = load(cfg.ckpt, dtype=pick_dtype(cfg.dtype, device), device=device)
     print_plan(costs, model_config, cfg)
     print(f"{'run':16}  {folder}\n", flush=True)
-    method = baselines.module_of(cfg.method)
-    server = method.Server(full, public, cfg)
+    server = method.Server(full, make_public(cfg.data_dir, tokenizer, cfg.max_len), cfg)
     if state:
-        go_on_from(state["server"], server, folder)
+        with reading_state(folder):
+            server.load_state_dict(state["server"])
     elif cfg.init_lora and "init_lora" not in NO_USE[cfg.method]:
         start_from(Path(cfg.init_lora), server, model_config, cfg.alpha / cfg.rank)
-    bootstrap, client = server.bootstrap(), None
-    if processes is wire:
-        wire.start_clients(bootstrap)
+    bootstrap = server.bootstrap()
+    if processes:
+        client, wire = None, processes.start_clients(cfg, device, bootstrap)
     else:
-        client = method.Client(bootstrap, cfg, device)
+        client, wire = method.Client(bootstrap, cfg, device), Wire()
     log = Run(folder, cfg, server, tokenizer, state)
     for record in federate(server, client, shards, cfg, wire, first_round=len(log.rows)):
         log.finish_round(record)

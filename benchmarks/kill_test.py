@@ -2,9 +2,11 @@
 
     python benchmarks/kill_test.py [--kills 20] [--processes 1] [--seed 0] [-- flags of train.py]
 
-A whole run first; then the same run, killed with all its processes at a random moment,
-and resumed, until it has been killed that often; at last it is left to end. Compares lora.pt
-and the columns of log.csv that are no times. Needs nothing but train.py; exit status 0 = the same bits.
+A whole run first; then the same run, killed with all its processes at a random moment and resumed,
+until it has been killed that often; at last it is left to end. The moment is drawn by progress, so
+that no machine is too fast or too slow: half of the lives end at a random time before the first new
+round, half a random part of a round after it. Compares lora.pt and the columns of log.csv that are
+no times. Exit status 0 = the same bits.
 """
 import argparse
 import contextlib
@@ -20,53 +22,45 @@ import time
 from pathlib import Path
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-SHORT = ("--rounds 30 --local-steps 4 --batch-size 4 --align-init 4 --align-steps 2 --eval-limit 2 --eval-every 10 "
+SHORT = ("--local-steps 4 --batch-size 4 --align-init 4 --align-steps 2 --eval-limit 2 --eval-every 10 "
          "--threads 1").split()
 
 
-def command(processes: int, flags: list[str], out: Path) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    return [sys.executable, *launcher, str(TRAIN), *flags, "--out", str(out), "--resume"]
-
-
-def run(argv: list[str], seconds: float | None = None) -> tuple[int | None, float]:
-    """(exit status or None if it was killed, seconds it took); its own session, so that all of it can be killed."""
-    began = time.perf_counter()
-    job = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        _, err = job.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        for pid in descendants(job.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        job.communicate()
-        return None, time.perf_counter() - began
-    if job.returncode:
-        sys.exit(f"the run ended with status {job.returncode}:\n{err}")
-    return 0, time.perf_counter() - began
+def start(processes: int, flags: list[str], out: Path) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    argv = [sys.executable, *(launcher if processes > 1 else []), str(TRAIN), *flags, "--out", str(out)]
+    return subprocess.Popen([*argv, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def descendants(pid: int) -> list[int]:
     """A process and all below it, from /proc: torchrun gives its workers sessions of their own."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
+        with contextlib.suppress(OSError):              # it may just have ended
             parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:                                 # it has just ended
-            continue
     found = [pid]
     for parent in found:                                # grows while it is read
         found += [p for p in parents if parents[p] == parent]
     return found
 
 
+def rows(out: Path) -> list[dict]:
+    if not (out / "log.csv").exists():
+        return []
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(out / "log.csv"))]
+
+
 def outcome(out: Path) -> tuple:
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(out / "log.csv"))]
-    return hashlib.sha256((out / "lora.pt").read_bytes()).hexdigest(), rows
+    return hashlib.sha256((out / "lora.pt").read_bytes()).hexdigest(), rows(out)
 
 
-def rounds_done(out: Path) -> int:
-    return len(list(csv.DictReader(open(out / "log.csv")))) if (out / "log.csv").exists() else 0
+def until(job: subprocess.Popen, reached, seconds: float = float("inf")):
+    """Waits until `reached()`, or for so many seconds; an end of its own is an error here."""
+    began = time.perf_counter()
+    while not reached() and time.perf_counter() - began < seconds:
+        if job.poll() is not None:
+            sys.exit(f"the run ended by itself, with status {job.returncode}; give it more --rounds")
+        time.sleep(0.005)
 
 
 def main() -> int:
@@ -76,27 +70,36 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("flags", nargs="*", help="of train.py, after --")
     args = parser.parse_args()
-    rng, flags = random.Random(args.seed), SHORT + args.flags
+    # A life makes two rounds at most before its kill is due, and another while the kill is under way.
+    flags, rng = [*SHORT, "--rounds", str(3 * args.kills), *args.flags], random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
-        _, seconds = run(command(args.processes, flags, whole))
-        print(f"never stopped: {seconds:.0f} s", flush=True)
-        kills = 0
-        while kills < args.kills:
-            # Short lives make no progress, so some last longer; each starts with the import of torch.
-            status, lived = run(command(args.processes, flags, killed), rng.uniform(0.05, 0.6) * seconds)
-            if status == 0:                             # finished before all kills: again from nothing
-                print(f"finished after {kills} kills; the same bits: {outcome(killed) == outcome(whole)}", flush=True)
-                if outcome(killed) != outcome(whole):
-                    return 1
-                killed = killed.with_name(killed.name + "+")
-                continue
-            kills += 1
-            print(f"kill {kills} after {lived:.1f} s, {rounds_done(killed)} rounds in the log", flush=True)
-        run(command(args.processes, flags, killed))
-        same = outcome(killed) == outcome(whole)
-        print(f"{kills} kills, the same bits: {same}")
-        return 0 if same else 1
+        began = time.perf_counter()
+        job = start(args.processes, flags, whole)
+        until(job, lambda: rows(whole))
+        first = time.perf_counter() - began             # seconds to the end of the first round
+        if job.wait():
+            sys.exit(f"the run ended with status {job.returncode}")
+        total = time.perf_counter() - began
+        later = (total - first) / max(len(rows(whole)) - 1, 1)              # seconds of a later round
+        print(f"never stopped: {len(rows(whole))} rounds in {total:.0f} s", flush=True)
+        for kill in range(1, args.kills + 1):
+            began, done = time.perf_counter(), len(rows(killed))
+            job = start(args.processes, flags, killed)
+            if rng.random() < 0.5:
+                until(job, lambda: len(rows(killed)) > done, rng.uniform(0, first))
+            else:
+                until(job, lambda: len(rows(killed)) > done)
+                until(job, lambda: False, rng.uniform(0, later))
+            for pid in descendants(job.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            job.wait()
+            lived = time.perf_counter() - began
+            print(f"kill {kill} after {lived:.2f} s, {len(rows(killed))} rounds in the log", flush=True)
+        status, same = start(args.processes, flags, killed).wait(), outcome(killed) == outcome(whole)
+        print(f"{args.kills} kills in a row, then left to end: status {status}, the same bits: {same}")
+    return 0 if same and status == 0 else 1
 
 
 if __name__ == "__main__":
