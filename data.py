@@ -232,12 +232,13 @@ class Examples:
 
     def fits(self, prompt: str) -> bool:
         """Does BOS + prompt leave room? A text has no more tokens than bytes (+ 1 for sentencepiece's
-        first space), and a long one is mostly too long by its first words already."""
+        first space); a long one mostly has too many in its first part (a cut piece: 100 at most)."""
         if len(prompt.encode()) + 2 < self.max_len:
             return True
-        start = prompt[:6 * self.max_len]
-        texts = (prompt,) if start == prompt else (start.rpartition(" ")[0], prompt)
-        return all(len(self.tokenizer.encode(text)) + 1 < self.max_len for text in texts)
+        start, encode = prompt[:5 * self.max_len], self.tokenizer.encode
+        if len(start) < len(prompt) and len(encode(start)) > self.max_len + 100:
+            return False
+        return len(encode(prompt)) + 1 < self.max_len
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -236,8 +236,10 @@ class LM(nn.Module):
     def empty(cls, config: ModelConfig, layer_ids=None) -> "LM":
         """A model with PyTorch's default initialisation (make it under torch.device("meta") for none)."""
         ids = range(config.n_layers) if layer_ids is None else layer_ids
-        lm = cls(config, {i: Block(config) for i in ids}, nn.Embedding(config.vocab_size, config.dim),
-                 RMSNorm(config.dim, config.norm_eps), nn.Linear(config.dim, config.vocab_size, bias=False))
+        # the same numbers as nn.Embedding(V, D), which under torch.device("meta") takes most of a second
+        embeddings = nn.Embedding.from_pretrained(torch.randn(config.vocab_size, config.dim), freeze=False)
+        lm = cls(config, {i: Block(config) for i in ids}, embeddings, RMSNorm(config.dim, config.norm_eps),
+                 nn.Linear(config.dim, config.vocab_size, bias=False))
         if config.tied:
             lm.output.weight = lm.tok_embeddings.weight
         return lm
