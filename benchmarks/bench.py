@@ -87,7 +87,7 @@ def measure(case: Case, number: int, args) -> list[dict]:
     ms = {side: [] for side in steps}
     for _ in range(args.rounds):
         for side, step in steps.items():
-            ms[side] += timed(step, args)
+            ms[side].append(timed(step, args.device))
     for side in steps:
         per = case.units(side)
         rows[side] |= {"ms": min(ms[side]) / per, "median_ms": statistics.median(ms[side]) / per,
@@ -375,7 +375,7 @@ def growth_point(args, axis: str, value: int) -> dict:
             return list(fedbiot.federate(server, one, shards, cfg, fedbiot.Wire()))
         return one.update(0, sent, shards[0], 0)
     mb = peak_growth(step, args.device)
-    ms = [t for _ in range(args.rounds) for t in timed(step, args)]
+    ms = [timed(step, args.device) for _ in range(args.rounds)]
     return {"axis": axis, "at": value, "ms": min(ms), "median_ms": statistics.median(ms), "mb": mb}
 
 
