@@ -124,14 +124,23 @@ def cross_entropy_rows(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return lse - true, p.scatter_add_(-1, y, -torch.ones_like(true))    # in fp32, before any cast
 
 
-def kl_rows(t: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Teacher's logits t (n, V) fp32 and student's minus teacher's, both overwritten: KL (n, 1) and p_s - p_t."""
+def kl_rows(t: Tensor, delta: Tensor, careful: bool) -> tuple[Tensor, Tensor]:
+    """Teacher's logits t (n, V) fp32 and student's minus teacher's, both overwritten: KL (n, 1) and p_s - p_t.
+
+    Close softmaxes lose their digits when subtracted. With c = lse_s - lse_t, log p_s - log p_t is delta - c,
+    so p_s - p_t = (p_s + p_t) tanh((delta - c) / 2) keeps them; the rows' sums, 0 but for c's rounding, correct c.
+    """
     t -= t.amax(-1, keepdim=True)
     s = t + delta
     top = s.amax(-1, keepdim=True)
     p_t, p_s = torch.softmax(t, -1, out=t), torch.softmax(s, -1, out=s)
-    lse = top - p_s.amax(-1, keepdim=True).log() + p_t.amax(-1, keepdim=True).log()     # lse_s - lse_t
-    return lse - delta.mul_(p_t).sum(-1, keepdim=True), p_s.sub_(p_t)
+    c = top - p_s.amax(-1, keepdim=True).log() + p_t.amax(-1, keepdim=True).log()
+    if not careful:                                                     # a bf16 gradient has no use for them
+        return c - delta.mul_(p_t).sum(-1, keepdim=True), p_s.sub_(p_t)
+    kl = c - (delta * p_t).sum(-1, keepdim=True)
+    gradient = p_s.add_(p_t).mul_(delta.sub_(c).mul_(0.5).tanh_())
+    astray = gradient.sum(-1, keepdim=True)
+    return kl + astray, gradient.addcmul_(p_t, astray, value=-1)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -169,7 +178,7 @@ class LinearKL(torch.autograd.Function):
                 more = torch.where(w != 0, offset[rows], 0).float()
                 teacher, apart = teacher + more, apart - more           # fp32
             for t, delta, w_t in slices(teacher, apart, w):
-                each, gradient = kl_rows(t.float(), delta.float())
+                each, gradient = kl_rows(t.float(), delta.float(), W.dtype == torch.float32)
                 loss += (w_t * each).sum()
                 delta.copy_(gradient)
             if needs_grad:
