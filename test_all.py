@@ -2930,6 +2930,7 @@ def test_ctrl_c_is_one_line_state_kept_and_status_130():
             time.sleep(0.02)
         for job in jobs:
             os.kill(job.pid, signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored where this runs in the background
     for world in (1, 3):
         with folder() as path, patch.object(train, "evaluate", scored):
             flags = small_run(path) + ["--rounds", 300, "--eval-every", 1]
