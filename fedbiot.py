@@ -93,8 +93,9 @@ def spread(total: int, kept: int) -> list[int]:
 
 # ---- losses -------------------------------------------------------------------------------------
 # The head W is frozen, so the gradient with respect to the hidden states can be made in the forward
-# pass: no (N, V) tensor ever exists, and backward is one multiplication. A matrix product wants many
-# rows at a time, a chunk; what is done to its logits in fp32 wants few, a slice that stays in a CPU's cache.
+# pass: no (N, V) tensor ever exists, and backward is one multiplication. A matrix product wants
+# many rows at a time, a chunk; what is done to its logits in fp32 wants few, a slice that stays in
+# a CPU's cache.
 
 def chunks(h: Tensor, W: Tensor) -> list[slice]:
     """Rows of h (N, D) by chunks whose fp32 logits would take 32 MB on the CPU, 512 MB on a GPU."""
@@ -104,7 +105,7 @@ def chunks(h: Tensor, W: Tensor) -> list[slice]:
 
 
 def slices(*tensors: Tensor):
-    """The same rows of every tensor (n, ...), on the CPU as many as make 4 MB of the first in fp32; a GPU takes all."""
+    """The same rows of every tensor (n, ...): 4 MB of the first in fp32; on a GPU all of them."""
     n, V = tensors[0].shape
     return zip(*(t.split(max(2**20 // V, 1) if t.device.type == "cpu" else n) for t in tensors))
 
@@ -117,7 +118,8 @@ def project(h: Tensor, W: Tensor) -> Tensor:
 
 
 def cross_entropy_rows(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits z (n, V) fp32, overwritten, and targets y (n, 1): the losses (n, 1) and their gradients p - one-hot."""
+    """Logits z (n, V) fp32, overwritten, and targets y (n, 1): the losses (n, 1) and their
+    gradients p - one-hot."""
     top, true = z.amax(-1, keepdim=True), z.gather(-1, y)
     p = torch.softmax(z, -1, out=z)
     lse = top - p.amax(-1, keepdim=True).log()                          # exact: max p >= 1 / V
@@ -125,10 +127,12 @@ def cross_entropy_rows(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kl_rows(t: Tensor, delta: Tensor, careful: bool) -> tuple[Tensor, Tensor]:
-    """Teacher's logits t (n, V) fp32 and student's minus teacher's, both overwritten: KL (n, 1) and p_s - p_t.
+    """Teacher's logits t (n, V) fp32 and student's minus teacher's, both overwritten: KL (n, 1)
+    and p_s - p_t.
 
-    Close softmaxes lose their digits when subtracted. With c = lse_s - lse_t, log p_s - log p_t is delta - c,
-    so p_s - p_t = (p_s + p_t) tanh((delta - c) / 2) keeps them; the rows' sums, 0 but for c's rounding, correct c.
+    Close softmaxes lose their digits when subtracted. With c = lse_s - lse_t, log p_s - log p_t is
+    delta - c, so p_s - p_t = (p_s + p_t) tanh((delta - c) / 2) keeps them; the rows' sums, 0 but
+    for c's rounding, correct c.
     """
     t -= t.amax(-1, keepdim=True)
     s = t + delta
@@ -156,7 +160,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 z.copy_(gradient)
             if needs_grad:
                 dh[rows] = w * (logits.to(W.dtype) @ W)
-            del logits, z                                               # before the next chunk's are made
+            del logits, z                                       # before the next chunk's are made
         ctx.save_for_backward(dh)
         return loss
 
@@ -183,7 +187,7 @@ class LinearKL(torch.autograd.Function):
                 delta.copy_(gradient)
             if needs_grad:
                 dh[rows] = w * (apart.to(W.dtype) @ W)
-            del teacher, apart, t, delta                                # before the next chunk's are made
+            del teacher, apart, t, delta                        # before the next chunk's are made
         ctx.save_for_backward(dh)
         return loss
 
@@ -198,7 +202,8 @@ def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor)
     h (N, D) after the final norm, W (V, D) the frozen head (it gets no gradient), targets (N,) int64,
     weights (N,) fp32; a row of weight 0 is ignored, whatever it holds.
     """
-    return LinearCrossEntropy.apply(h, W, targets, weights, torch.is_grad_enabled() and h.requires_grad)
+    needs_grad = torch.is_grad_enabled() and h.requires_grad
+    return LinearCrossEntropy.apply(h, W, targets, weights, needs_grad)
 
 
 def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor, offset=None) -> Tensor:
