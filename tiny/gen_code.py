@@ -96,9 +96,23 @@ def make_spec(r) -> Spec:
                 "1" if word == "count" else e, (c,) if some else (), op=op)
 
 
+def compound_spec(r) -> Spec:
+    """Two conditions where pre-training has one at most: what the clients' code teaches."""
+    v = r.choice("nx")
+    (w1, c1), (w2, c2), (v1, e1), (v2, e2) = condition(r, v), condition(r, v), value(r, v), value(r, "n")
+    if c1 == c2:
+        return compound_spec(r)
+    if v == "n":
+        return Spec(f"{v1} if {w1} and {w2}, else {v2}", "choose", "pick_number", ("n",), e1, (c1, c2), e2)
+    word, op = r.choice((("sum", "+"), ("count", "+")))
+    words = f"the sum of {v1} for each x in xs" if word == "sum" else "the count of x in xs"
+    return Spec(f"{words} where {w1} and {w2}", "fold", word + "_list", ("xs",), e1 if word == "sum" else "1",
+                (c1, c2), op=op)
+
+
 def spec_of(rng, split: str) -> Spec:
     while True:
-        spec = make_spec(rng)
+        spec = make_spec(rng) if split == "pretrain" or rng.random() < .4 else compound_spec(rng)
         if split_of(spec.words) == split:
             return spec
 
