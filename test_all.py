@@ -1555,6 +1555,7 @@ def test_mistakes_in_code_predictions_are_one_line_each():
     for lines, k, words in (([good, {**good, "task_id": "Rust/0"}], 0, ("row 2", "Rust/0", "Java")),
                             ([good, {**good, "task_id": "Python/9"}], 0, ("row 2", "Python/9")),
                             ([good, "{\n"], 0, ("samples.jsonl, line 2",)), ([{"task_id": 3}], 0, ("row 1", "task_id")),
+                            ([{**good, "generation": 3}], 0, ("row 1", "'generation'")),
                             ([good], 2, ("--k 2", "Python/0", "1"))):
         with folder() as path:
             samples = problems_and(path, lines)
