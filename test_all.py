@@ -2993,6 +2993,19 @@ def test_two_hosts_over_loopback():
         assert_same_run(path / "one", path / "two")
 
 
+def killed_within_its_fourth_state():
+    save, count = torch.save, itertools.count(1)
+
+    def half(state, file):
+        if next(count) == 4:
+            save(state, whole := io.BytesIO())
+            file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(state, file)
+    torch.save = half
+
+
 def test_killed_at_any_moment_nothing_is_lost(kills=6):
     # kills: state written in place; the log ahead of the state; a .part file taken for the state
     rng = np.random.default_rng(0)
@@ -3002,6 +3015,9 @@ def test_killed_at_any_moment_nothing_is_lost(kills=6):
         began = time.perf_counter()
         start(path / "log", *flags, "--out", path / "whole").join()
         whole = time.perf_counter() - began
+        start(path / "log", *flags, "--out", path / "run", change="killed_within_its_fourth_state").join()
+        rows = len(torch.load(path / "run" / "state.pt", weights_only=True)["rows"])
+        assert rows == 3 and len(list(csv.DictReader(open(path / "run" / "log.csv")))) == rows
         for _ in range(kills):
             job = start(path / "log", *flags, "--out", path / "run", "--resume")
             job.join(rng.uniform(0.2, 0.7) * whole)
