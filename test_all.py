@@ -1337,8 +1337,9 @@ def test_sandbox_stops_a_program_that_fills_the_disk():
 
 def test_sandbox_outlives_a_program_that_kills_its_parent():
     # kills: no PID namespace
-    attack("""
+    attack(f"""
         import os
+        if open('/proc/1/cmdline').read() == {Path("/proc/1/cmdline").read_text()!r}: return 1
         for pid in (os.getppid(), 1, -1):
             try: os.kill(pid, 9)
             except OSError: pass
