@@ -2924,10 +2924,21 @@ def test_what_a_header_claims_is_not_allocated():
         assert len(lines) == 2 and all("1000000000" in line for line in lines), texts[0]
 
 
+def lingers_in_the_second_round():
+    original = fedbiot.Client.update
+
+    def update(self, t, *args):
+        if t:
+            os.write(1, b"lingers\n")
+            time.sleep(60)
+        return original(self, t, *args)
+    fedbiot.Client.update = update
+
+
 def test_ctrl_c_is_one_line_state_kept_and_status_130():
     # kills: a traceback; every rank prints; status 1; a rank that waits for ever; the round under way saved half
     def interrupt(jobs):
-        while not (path / "run" / "log.csv").exists():
+        while not any("lingers" in log.read_text() for log in path.glob("log*")):
             assert all(job.is_alive() for job in jobs), (path / "log0").read_text()
             time.sleep(0.02)
         for job in jobs:
@@ -2936,12 +2947,15 @@ def test_ctrl_c_is_one_line_state_kept_and_status_130():
     for world in (1, 3):
         with folder() as path, patch.object(train, "evaluate", scored):
             flags = small_run(path) + ["--rounds", 300, "--eval-every", 1]
-            statuses, texts = ranks(path, world, *flags, "--out", path / "run", then=interrupt)
+            statuses, texts = ranks(path, world, *flags, "--out", path / "run", then=interrupt,
+                                    change="lingers_in_the_second_round")
             lines = [line for line in "".join(texts).split("\n") if re.search("error|Error|Traceback|stopped", line)]
             assert statuses == [130] * world and lines == ["stopped by Ctrl-C; what was saved stays"], (statuses, texts)
             saved = torch.load(path / "run" / "state.pt", weights_only=True)
             assert saved["rows"] and len(saved["rows"]) - len(list(csv.DictReader(open(path / "run" / "log.csv")))) in (0, 1)
             assert not list((path / "run").glob("*.part"))
+            assert cli(*flags, "--rounds", len(saved["rows"]), "--out", path / "whole")[0] == 0
+            assert same(torch.load(path / "whole" / "lora.pt", weights_only=True), saved["server"]["learnt"])
 
 
 KILLS_ITSELF = """
