@@ -1337,8 +1337,9 @@ def test_sandbox_stops_a_program_that_fills_the_disk():
 
 def test_sandbox_outlives_a_program_that_kills_its_parent():
     # kills: no PID namespace
-    attack("""
+    attack(f"""
         import os
+        if open('/proc/1/cmdline').read() == {Path("/proc/1/cmdline").read_text()!r}: return 1
         for pid in (os.getppid(), 1, -1):
             try: os.kill(pid, 9)
             except OSError: pass
@@ -1555,6 +1556,7 @@ def test_mistakes_in_code_predictions_are_one_line_each():
     for lines, k, words in (([good, {**good, "task_id": "Rust/0"}], 0, ("row 2", "Rust/0", "Java")),
                             ([good, {**good, "task_id": "Python/9"}], 0, ("row 2", "Python/9")),
                             ([good, "{\n"], 0, ("samples.jsonl, line 2",)), ([{"task_id": 3}], 0, ("row 1", "task_id")),
+                            ([{**good, "generation": 3}], 0, ("row 1", "'generation'")),
                             ([good], 2, ("--k 2", "Python/0", "1"))):
         with folder() as path:
             samples = problems_and(path, lines)
@@ -2922,10 +2924,21 @@ def test_what_a_header_claims_is_not_allocated():
         assert len(lines) == 2 and all("1000000000" in line for line in lines), texts[0]
 
 
+def lingers_in_the_second_round():
+    original = fedbiot.Client.update
+
+    def update(self, t, *args):
+        if t:
+            os.write(1, b"lingers\n")
+            time.sleep(60)
+        return original(self, t, *args)
+    fedbiot.Client.update = update
+
+
 def test_ctrl_c_is_one_line_state_kept_and_status_130():
     # kills: a traceback; every rank prints; status 1; a rank that waits for ever; the round under way saved half
     def interrupt(jobs):
-        while not (path / "run" / "log.csv").exists():
+        while not any("lingers" in log.read_text() for log in path.glob("log*")):
             assert all(job.is_alive() for job in jobs), (path / "log0").read_text()
             time.sleep(0.02)
         for job in jobs:
@@ -2934,12 +2947,15 @@ def test_ctrl_c_is_one_line_state_kept_and_status_130():
     for world in (1, 3):
         with folder() as path, patch.object(train, "evaluate", scored):
             flags = small_run(path) + ["--rounds", 300, "--eval-every", 1]
-            statuses, texts = ranks(path, world, *flags, "--out", path / "run", then=interrupt)
+            statuses, texts = ranks(path, world, *flags, "--out", path / "run", then=interrupt,
+                                    change="lingers_in_the_second_round")
             lines = [line for line in "".join(texts).split("\n") if re.search("error|Error|Traceback|stopped", line)]
             assert statuses == [130] * world and lines == ["stopped by Ctrl-C; what was saved stays"], (statuses, texts)
             saved = torch.load(path / "run" / "state.pt", weights_only=True)
             assert saved["rows"] and len(saved["rows"]) - len(list(csv.DictReader(open(path / "run" / "log.csv")))) in (0, 1)
             assert not list((path / "run").glob("*.part"))
+            assert cli(*flags, "--rounds", len(saved["rows"]), "--out", path / "whole")[0] == 0
+            assert same(torch.load(path / "whole" / "lora.pt", weights_only=True), saved["server"]["learnt"])
 
 
 KILLS_ITSELF = """
@@ -2992,6 +3008,19 @@ def test_two_hosts_over_loopback():
         assert_same_run(path / "one", path / "two")
 
 
+def killed_within_its_fourth_state():
+    save, count = torch.save, itertools.count(1)
+
+    def half(state, file):
+        if next(count) == 4:
+            save(state, whole := io.BytesIO())
+            file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(state, file)
+    torch.save = half
+
+
 def test_killed_at_any_moment_nothing_is_lost(kills=6):
     # kills: state written in place; the log ahead of the state; a .part file taken for the state
     rng = np.random.default_rng(0)
@@ -3001,6 +3030,9 @@ def test_killed_at_any_moment_nothing_is_lost(kills=6):
         began = time.perf_counter()
         start(path / "log", *flags, "--out", path / "whole").join()
         whole = time.perf_counter() - began
+        start(path / "log", *flags, "--out", path / "run", change="killed_within_its_fourth_state").join()
+        rows = len(torch.load(path / "run" / "state.pt", weights_only=True)["rows"])
+        assert rows == 3 and len(list(csv.DictReader(open(path / "run" / "log.csv")))) == rows
         for _ in range(kills):
             job = start(path / "log", *flags, "--out", path / "run", "--resume")
             job.join(rng.uniform(0.2, 0.7) * whole)
