@@ -2887,24 +2887,24 @@ def second_client_is_very_slow():
     original = fedbiot.Client.update
 
     def update(self, t, payload, shard, m):
-        time.sleep(4 if (t, m) == (0, 1) else 0)
+        time.sleep({(0, 1): 4, (1, 0): 2}.get((t, m), 0))      # the second round sees the late answer
         return original(self, t, payload, shard, m)
     fedbiot.Client.update = update
 
 
 def test_a_slow_client_is_left_out_of_the_round():
-    # kills: waits for it; takes its late upload in the next round; its weight still in the average; never comes back
+    # kills: waits for it; its weight still in the average; the client never comes back
     def without_one(self, t, payload, client, shards, chosen, expected, round=fedbiot.Wire.round):
         return round(self, t, payload, client, shards, [m for m in chosen if (t, m) != (0, 1)], expected)
     with folder() as path, patch.object(train, "evaluate", scored):
-        flags = small_run(path) + ["--rounds", 2, "--client-timeout", 1.5]
+        flags = small_run(path) + ["--rounds", 2, "--client-timeout", 3]
         with patch.object(fedbiot.Wire, "round", without_one):
             assert cli(*flags, "--out", path / "one")[0] == 0
         statuses, texts = ranks(path, 4, *flags, "--out", path / "four", change="second_client_is_very_slow")
         assert statuses[0] == 0, texts
-        assert float(next(csv.DictReader(open(path / "four" / "log.csv")))["seconds"]) < 4, "not waited for"
+        assert float(next(csv.DictReader(open(path / "four" / "log.csv")))["seconds"]) < 3.9, "not waited for"
         assert re.findall("^.*left out.*$", texts[0], re.M) == [
-            "round 1, client 1: left out, no upload within --client-timeout 1.5 s"], texts[0]
+            "round 1, client 1: left out, no upload within --client-timeout 3 s"], texts[0]
         assert_same_run(path / "one", path / "four")
 
 
@@ -2989,7 +2989,7 @@ def test_torchrun_restarts_a_killed_client_from_the_last_round():
 
 
 def test_two_hosts_over_loopback():
-    # kills: ranks counted a host; the server's address taken for local
+    # kills: ranks counted a host
     with folder() as path:
         port = free_port()
         flags = [str(x) for x in small_run(path) + ["--rounds", 1, "--eval-limit", 1, "--out", path / "two"]]
