@@ -160,7 +160,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 z.copy_(gradient)
             if needs_grad:
                 dh[rows] = w * (logits.to(W.dtype) @ W)
-            del logits, z                                       # before the next chunk's are made
+            del logits, z, gradient     # before the next chunk's are made; in fp32 all are one
         ctx.save_for_backward(dh)
         return loss
 
