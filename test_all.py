@@ -2749,6 +2749,7 @@ def free_port() -> str:
 
 def process(env: dict, argv: list, log: str, change: str):
     """What a process of these tests runs: train.py, after one change of the world around it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored in what a shell runs in the background
     os.environ.update(env)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -2943,7 +2944,6 @@ def test_ctrl_c_is_one_line_state_kept_and_status_130():
             time.sleep(0.02)
         for job in jobs:
             os.kill(job.pid, signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored where this runs in the background
     for world in (1, 3):
         with folder() as path, patch.object(train, "evaluate", scored):
             flags = small_run(path) + ["--rounds", 300, "--eval-every", 1]
