@@ -1493,8 +1493,9 @@ def test_bundled_problems_refuse_a_constant_an_argument_and_a_forgotten_conditio
         first, right = re.search(r"\((\w+)", row["prompt"])[1], row["canonical_solution"]
         wrong = [first, f"bool({first})", f"len({first})", "None", *re.findall("== (.*)", row["test"])]
         wrong = [f"    return {body}\n" for body in wrong] + [
-            body for word in ("True", "False") if (body := re.sub("if .*:", f"if {word}:", right)) != right]
-        if " and " in right:            # less one of two conditions, where that makes a difference
+            body for word in ("True", "False") if (body := re.sub("if .*:", f"if {word}:", right)) != right
+            and " and " not in right]                      # two conditions may exclude each other
+        if " and " in right and right.count("\n") == 1:            # less one of two conditions, where that makes a difference
             wrong += [f"    return {part}\n" for part in right.strip()[7:].split(" and ")
                       if any(eval(part) != eval(right.strip()[7:]) for n in range(41))]
         assert passes(right) and not any(map(passes, wrong)), name
