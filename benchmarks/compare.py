@@ -4,7 +4,7 @@ Every cell is one run of train.py in its own folder; a finished run is not repea
 goes on, so the command can be stopped and given again. Learning rates come first: every cell is run
 with each of its method's RATES at the first seed with --validate, which holds out training rows; where
 the best is the first or the last of them, the next beyond it is tried too. The test set takes no part
-in the choice. Flags after `--` go to every train.py.
+in the choice. All methods get the same rounds, steps and batch; flags after `--` go to every train.py.
 
     python benchmarks/compare.py --methods fedbiot fedot offsite fedavg --dropouts 0.2 0.5 --adapters 2 4 --seeds 0 1 2
     python benchmarks/compare.py --ablations --seeds 0 1 2
@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ONE_SHAPE = {"fedavg", "fedkseed", "fedkseed-pro", "fedtt", "fedtt+", "fedpt"}      # no dropout, no adapter
 TWO_PLUS_TWO = {"fedot", "offsite"}                                             # --adapter 2: first and last two
 HOLDS_FULL = {"fedavg", "fedkseed", "fedkseed-pro", "fedtt", "fedtt+"}
+STEPS = 30                                       # of a client in a round, for all: FedKSeed's own default is 200
 RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]             # the search starts with three neighbours of them
 LOWEST = {"fedkseed": 0, "fedkseed-pro": 0, "fedtt": 2, "fedtt+": 2}     # where; for all others at 1
 ABLATIONS = {
@@ -76,7 +77,8 @@ def command(args, folder: Path, cell, seed: int, lr: float | None, extra: list[s
     method, dropout, adapter = cell
     rate = [] if lr is None else ["--lr", f"{lr:g}"]
     return [sys.executable, str(ROOT / "train.py"), "--method", method, "--dropout", dropout, "--adapter", str(adapter),
-            "--seed", str(seed), "--threads", "1", "--out", str(folder), "--resume", *rate, *args.flags, *extra]
+            "--seed", str(seed), "--threads", "1", "--local-steps", str(STEPS), "--out", str(folder), "--resume",
+            *rate, *args.flags, *extra]
 
 
 def run(folder: Path, argv: list[str]) -> dict:
