@@ -2085,7 +2085,7 @@ def test_fedtt_is_the_identity_at_the_start_bit_for_bit_and_learns_all_cores():
         assert all(p.dtype == torch.float32 for n, p in tuned.named_parameters() if ".after_" in n)
     server, _, records = method_run("fedtt", tiny_lm(n_layers=2), 3)
     fresh, lm = fedtt.Server(tiny_lm(n_layers=2), None, server.cfg), server.models()["full"]
-    assert all(not torch.equal(p, fresh.tensors[n]) for n, p in server.tensors.items())
+    assert all(not torch.equal(p, fresh.learnt[n]) for n, p in server.learnt.items())
     floats = sum(math.prod(s) for d in ((48, 64), (64, 48)) for s in fedtt.core_shapes(*d, 5))
     assert records[0]["bytes_up"] == records[0]["bytes_down"] == 4 * 2 * 2 * floats
     cached_equals_uncached(lm)
@@ -2120,16 +2120,16 @@ def test_fedtt_plus_sends_one_core_a_matrix_and_moves_no_other():
     # kills: all cores sent; an optimizer over all; state carried from client to client; a latecomer with stale cores
     server, client, records = method_run("fedtt+", tiny_lm(n_layers=2), 1)
     fresh = fedtt.Server(tiny_lm(n_layers=2), None, server.cfg)
-    last = {n for n in server.tensors if n.endswith("cores.5")}
-    assert {n for n, p in server.tensors.items() if not torch.equal(p, fresh.tensors[n])} == last
-    assert records[0]["bytes_up"] == sizes({n: server.tensors[n] for n in last})
+    last = {n for n in server.learnt if n.endswith("cores.5")}
+    assert {n for n, p in server.learnt.items() if not torch.equal(p, fresh.learnt[n])} == last
+    assert records[0]["bytes_up"] == sizes({n: server.learnt[n] for n in last})
     sent = server.broadcast(1)
     assert sent.keys() == last
     ups = [client.update(1, sent, toy_shard(), m)[0] for m in (0, 1, 0)]
     late = fedtt.Client(server.bootstrap(), server.cfg).update(1, sent, toy_shard(), 0)[0]
     assert all(n.endswith("cores.4") for n in late) and same(ups[0], ups[2]) and same(ups[0], late)
     server, _, records = method_run("fedtt+", tiny_lm(n_layers=2), 2, clients_per_round=1)
-    assert records[1]["bytes_down"] == sizes(server.tensors)            # absent clients: all cores go down
+    assert records[1]["bytes_down"] == sizes(server.learnt)            # absent clients: all cores go down
 
 
 class BlackBox(torch.nn.Module):

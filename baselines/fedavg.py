@@ -27,6 +27,7 @@ class Server(fedbiot.Server):
     def __init__(self, full: LM, public, cfg):
         self.full, self.public, self.cfg, self.metrics = full, public, cfg, {}
         self.lm, self.tuned = self.adapted(full, cfg, generator(cfg.seed, 0, SERVER))
+        self.learnt = self.tuned                                        # what lora.pt will hold
 
     def bootstrap(self) -> Payload:
         return weights_of(self.full)
@@ -38,10 +39,10 @@ class Server(fedbiot.Server):
         return {"base": self.full, "full": self.lm}
 
     def state_dict(self) -> dict:
-        return {"learnt": {name: p.detach().cpu() for name, p in self.tuned.items()}}
+        return {"learnt": {name: p.detach().cpu() for name, p in self.learnt.items()}}
 
     def load_state_dict(self, state: dict):
-        copy_into(self.tuned, state["learnt"])
+        copy_into(self.learnt, state["learnt"])
 
 
 class Client(fedbiot.Client):

@@ -82,6 +82,7 @@ class Server(fedavg.Server):
         self.large = full
         self.snapshot, self.averaged = self.adapted(small, cfg, generator(0))   # S as averaged: the proxy's
         copy_into(self.averaged, self.tuned)
+        self.learnt = self.tuned | {f"averaged.{name}": p for name, p in self.averaged.items()}
 
     def aggregate(self, t: int, uploads, weights):
         super().aggregate(t, uploads, weights)                          # (3)
@@ -118,14 +119,3 @@ class Server(fedavg.Server):
     def models(self) -> dict:
         proxy = Proxy(self.large, self.snapshot, self.full, self.cfg.proxy_alpha)
         return {"base": self.large, "small": self.snapshot, "distilled": self.lm, "proxy": proxy}
-
-    def state_dict(self) -> dict:
-        """`learnt`: the LoRA after distillation by its own names, as averaged under `averaged.`"""
-        averaged = {f"averaged.{name}": p.detach().cpu() for name, p in self.averaged.items()}
-        return {"learnt": super().state_dict()["learnt"] | averaged}
-
-    def load_state_dict(self, state: dict):
-        learnt = state["learnt"]
-        copy_into(self.tuned, {name: p for name, p in learnt.items() if not name.startswith("averaged.")})
-        copy_into(self.averaged, {name.removeprefix("averaged."): p for name, p in learnt.items()
-                                  if name.startswith("averaged.")})

@@ -113,28 +113,22 @@ class Server(fedavg.Server):
     adapted = staticmethod(adapted)
 
     def __init__(self, full: LM, public, cfg):
-        super().__init__(full, public, cfg)
-        self.plus, self.tensors = cfg.method == "fedtt+", self.tuned
+        super().__init__(full, public, cfg)                            # FedTT+: tuned changes, learnt is all
+        self.plus = cfg.method == "fedtt+"
 
     def bootstrap(self) -> Payload:
         """FedTT+ sends later what changed, so whoever joins, or joins again, starts from all cores."""
-        cores = {name: p.detach().clone() for name, p in self.tensors.items()}
+        cores = {name: p.detach().clone() for name, p in self.learnt.items()}
         return super().bootstrap() | (cores if self.plus else {})
 
     def broadcast(self, t: int) -> Payload:
         """FedTT+: the cores that the last round moved; all, if some clients may have been absent."""
-        sent = self.tensors
+        sent = self.learnt
         if self.plus:
-            self.tuned = active(self.tensors, t)
+            self.tuned = active(self.learnt, t)
             some_absent = self.cfg.clients_per_round or self.cfg.client_timeout
-            sent = self.tensors if some_absent else active(self.tensors, t - 1)
+            sent = self.learnt if some_absent else active(self.learnt, t - 1)
         return {name: p.detach() for name, p in sent.items()}
-
-    def state_dict(self) -> dict:
-        return {"learnt": {name: p.detach().cpu() for name, p in self.tensors.items()}}
-
-    def load_state_dict(self, state: dict):
-        copy_into(self.tensors, state["learnt"])
 
 
 class Client(fedavg.Client):
