@@ -1506,7 +1506,7 @@ def test_bundled_problems_refuse_a_constant_an_argument_and_a_forgotten_conditio
 
 
 def test_canonical_solutions_pass_and_wrong_ones_fail():
-    # kills: the last word before the tests; tests not joined to the program
+    # kills: the last word before the tests (then no own solution passes); tests not joined to the program
     boxes()
     wrong = {"python": "    return None\n", "cpp": "    return {};\n}\n", "go": '    panic("wrong")\n}\n',
              "java": '        throw new RuntimeException("wrong");\n    }\n}\n'}
@@ -1519,6 +1519,7 @@ def test_canonical_solutions_pass_and_wrong_ones_fail():
         result = humaneval.score_code(path / "s.jsonl", evaluation.BUNDLED_DATA)
     ran = {lang: r for lang, r in result.items() if "not run" not in r}
     assert set(result) == set(humaneval.LANGS.values()) and "python" in ran
+    assert not any("own solution" in r.get("not run", "") for r in result.values()), result
     assert all(r == {"problems": 1, "passed": 1, "samples": 2, "pass@1": 0.5} for r in ran.values()), result
     if len(ran) < 4:
         raise Skip("; ".join(f"{lang}: {r['not run']}" for lang, r in result.items() if "not run" in r))
