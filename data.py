@@ -221,7 +221,8 @@ class Examples:
     """
     def __init__(self, rows: list[Row], tokenizer, max_len: int, what: str):
         self.tokenizer, self.max_len, self.cache = tokenizer, max_len, {}
-        self.rows = [row for row in rows if self.fits(prompt_of(row.instruction, row.input))]
+        self.template = len(tokenizer.encode(prompt_of("?", "?")))
+        self.rows = [row for row in rows if self.fits(row)]
         if not self.rows:
             raise UserError(f"{what}: no example fits --max-len {max_len}; raise it" if rows else
                             f"{what}: the file has no rows; expected at least one")
@@ -230,11 +231,13 @@ class Examples:
             print(f"note: {what}: {dropped} of {len(rows)} examples dropped, their prompts fill --max-len {max_len}",
                   file=sys.stderr)
 
-    def fits(self, prompt: str) -> bool:
-        """Does BOS + prompt leave room? A text has no more tokens than bytes (+ 1 for sentencepiece's
-        first space); a long one mostly has too many in its first part (a cut piece: 100 at most)."""
-        if len(prompt.encode()) + 2 < self.max_len:
+    def fits(self, row: Row) -> bool:
+        """Does BOS + prompt leave room? A text has no more tokens than bytes (32 to spare for what merges
+        where it meets the template); a long one mostly has too many in its first part (a cut piece:
+        100 at most)."""
+        if self.template + len(row.instruction.encode()) + len(row.input.encode()) + 32 < self.max_len:
             return True
+        prompt = prompt_of(row.instruction, row.input)
         start, encode = prompt[:5 * self.max_len], self.tokenizer.encode
         if len(start) < len(prompt) and len(encode(start)) > self.max_len + 100:
             return False

@@ -186,16 +186,16 @@ def row_of(cell, lr, summaries: list[dict], plan: dict, memory: int) -> list[str
     method, dropout, adapter = cell
     metrics = [list(s["metrics"].values()) for s in summaries]
     middle = [m[-2]["accuracy"] for m in metrics] if len(metrics[0]) > 2 else None
-    size = [s["bytes_down_per_client_round"] + s["bytes_up_per_client_round"] for s in summaries]
+    down, up = (statistics.mean(s[f"bytes_{way}_per_client_round"] for s in summaries) for way in ("down", "up"))
     shape = ("–", "–") if method in ONE_SHAPE else (dropout, "2+2" if method in TWO_PLUS_TWO else str(adapter))
     return [method, *shape, f"{lr:g}", spread([m[0]["accuracy"] for m in metrics]),
             spread(middle) if middle else "–", spread([m[-1]["accuracy"] for m in metrics]),
-            f"{statistics.mean(size):,.0f}", f"{plan['trainable_params']:,}", f"{1e3 * plan['gmac_per_token']:.2f}",
+            f"{down:,.0f}", f"{up:,.0f}", f"{plan['trainable_params']:,}", f"{1e3 * plan['gmac_per_token']:.2f}",
             f"{memory / 1e6:.0f}", f"{statistics.mean(s['seconds'] for s in summaries):.0f}",
             "yes" if method in HOLDS_FULL else "no", "yes" if method == "fedpt" else "no"]
 
 
-HEAD = ["method", "β", "s", "lr", "base %", "AdapEmu %", "AdapFu %", "bytes / client round", "trainable", "MMAC/token",
+HEAD = ["method", "β", "s", "lr", "base %", "AdapEmu %", "AdapFu %", "bytes down", "bytes up", "trainable", "MMAC/token",
         "client MB", "s / run", "client holds the full model", "server sees logits only"]
 
 
@@ -228,7 +228,7 @@ def draw(rows: list[list[str]], out: Path):
     figure.savefig(out / "compare.png", dpi=120)
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for r, name, (value, error) in zip(rows, names, fu):
-        size = float(r[7].replace(",", ""))
+        size = sum(float(r[i].replace(",", "")) for i in (7, 8))
         axis.errorbar(size, value, error, fmt="o", capsize=3)
         axis.annotate(name.replace("\n", " "), (size, value), xytext=(6, 4), textcoords="offset points", fontsize=7)
     axis.axhline(base, color="black", linestyle=":")
