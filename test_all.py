@@ -1479,7 +1479,7 @@ def problems_and(path: Path, lines) -> Path:
     return path / "samples.jsonl"
 
 
-def test_bundled_problems_refuse_a_constant_an_argument_and_a_forgotten_condition():
+def test_bundled_problems_refuse_a_constant_an_argument_and_what_is_left_out():
     # kills: six random cases alone, of which two problems expect 0 or false throughout
     found = {lang: humaneval.read_problems(evaluation.BUNDLED_DATA, lang) for lang in humaneval.LANGS.values()}
     for name, row in found["python"].items():
@@ -1493,8 +1493,7 @@ def test_bundled_problems_refuse_a_constant_an_argument_and_a_forgotten_conditio
         wrong = [first, f"bool({first})", f"len({first})", "None", *re.findall("== (.*)", row["test"])]
         wrong = [f"    return {body}\n" for body in wrong] + [
             body for word in ("True", "False") if (body := re.sub("if .*:", f"if {word}:", right)) != right]
-        wrong += [body for part in re.findall("if (.*) and (.*):", right) for one in part        # less one of two conditions
-                  for body in [re.sub("if .*:", f"if {one}:", right)]]
+        wrong += [right.replace(" % 10\n", "\n")] if "total % 10\n" in right else []
         if " and " in right and right.count("\n") == 1:            # less one of two conditions, where that makes a difference
             wrong += [f"    return {part}\n" for part in right.strip()[7:].split(" and ")
                       if any(eval(part) != eval(right.strip()[7:]) for n in range(41))]
