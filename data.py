@@ -47,6 +47,8 @@ SOURCES = {             # path in --data-dir: (pinned URL, sha256 or number of r
                                          "data/databricks-dolly-15k.jsonl", None),
     **{f"humaneval_x/{lang}/humaneval_{lang}.jsonl.gz": (f"{CODEGEEX}{lang}/data/humaneval_{lang}.jsonl.gz", 164)
        for lang in ("python", "cpp", "go", "java")},
+    "humaneval_x/go/evaluation/vendor.tar.gz": (CODEGEEX + "go/evaluation/vendor.tar.gz",
+                                                "46dcd59eb54c4eb2ee36e9dbd64be55628e3e19b1a8e87c3b1f74700a81ccfd5"),
 }
 LARGEST = 2**31         # bytes of a data file once unpacked: more is no data of ours but a gzip bomb
 
