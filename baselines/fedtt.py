@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from baselines import fedavg
 from fedbiot import Payload
-from lora import copy_into
 from model import LM, Block
 
 
@@ -113,7 +112,7 @@ class Server(fedavg.Server):
     adapted = staticmethod(adapted)
 
     def __init__(self, full: LM, public, cfg):
-        super().__init__(full, public, cfg)                            # FedTT+: tuned changes, learnt is all
+        super().__init__(full, public, cfg)                             # FedTT+: tuned changes, learnt is all
         self.plus = cfg.method == "fedtt+"
 
     def bootstrap(self) -> Payload:

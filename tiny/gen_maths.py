@@ -89,7 +89,7 @@ def shop(s, r):
     if r.random() < .4:
         m = x + r.randint(5, 100)
         s.say(f"{s.He} pays with {m} dollars.", f"{s.He} had {m} dollars.")
-        s.say(f"How many dollars does {s.he} have left?", f"How much money is left?")
+        s.say(f"How many dollars does {s.he} have left?", "How much money is left?")
         return s.calc(f"{s.He} has left", m, "-", x)
     s.say(f"How many dollars does {s.name} spend?", f"How much does {s.he} pay?")
     return x
@@ -134,7 +134,7 @@ def earn(s, r):
         c = r.randint(2, max(2, min(60, x // 2)))
         s.say(f"{s.He} spends {c} dollars on {thing}.", f"{s.He} pays {c} dollars for {thing}.")
         x = s.calc(f"{s.He} has left", x, "-", c)
-    s.say(f"How many dollars does {s.name} have left?", f"How much money is left?")
+    s.say(f"How many dollars does {s.name} have left?", "How much money is left?")
     return x
 
 
