@@ -1,10 +1,10 @@
 """Methods x dropout x adapter x seeds on one model, one data set and one budget: the paper's Table 2.
 
 Every cell is one run of train.py in its own folder; a finished run is not repeated and a killed one
-goes on, so the command can be stopped and given again. Learning rates come first: every cell is run
-with each of its method's RATES at the first seed with --validate, which holds out training rows; where
-the best is the first or the last of them, the next beyond it is tried too. The test set takes no part
-in the choice. All methods get the same rounds, steps and batch; flags after `--` go to every train.py.
+goes on, so the command can be stopped and given again. Learning rates come first: of RATES every cell
+tries two neighbours, and then the next beyond the better, until that is worse, at the first seed with
+--validate, which holds out training rows. The test set takes no part in the choice. All methods get
+the same rounds, steps and batch; flags after `--` go to every train.py.
 
     python benchmarks/compare.py --methods fedbiot fedot offsite fedavg --dropouts 0.2 0.5 --adapters 2 4 --seeds 0 1 2
     python benchmarks/compare.py --ablations --seeds 0 1 2
@@ -28,8 +28,8 @@ ONE_SHAPE = {"fedavg", "fedkseed", "fedkseed-pro", "fedtt", "fedtt+", "fedpt"}  
 TWO_PLUS_TWO = {"fedot", "offsite"}                                             # --adapter 2: first and last two
 HOLDS_FULL = {"fedavg", "fedkseed", "fedkseed-pro", "fedtt", "fedtt+"}
 STEPS = 30                                       # of a client in a round, for all: FedKSeed's own default is 200
-RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]             # the search starts with three neighbours of them
-LOWEST = {"fedkseed": 0, "fedkseed-pro": 0, "fedtt": 2, "fedtt+": 2}     # where; for all others at 1
+RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+START = {"fedkseed": (1, 2), "fedkseed-pro": (1, 2)}        # the search's first two of them; for all others 2, 3
 ABLATIONS = {
     "default": [], "epsilon = 0": ["--prox", "0"], "epsilon = 0.001": ["--prox", "0.001"],
     "epsilon = 0.1": ["--prox", "0.1"], "epsilon = 1": ["--prox", "1"], "lambda = 0": ["--kl-weight", "0"],
@@ -113,19 +113,33 @@ def final(summary: dict) -> dict:
     return list(summary["metrics"].values())[-1]
 
 
+def aligned(args, out: Path) -> dict:
+    """{cell: flags} to start from an emulator that is aligned already: no rate changes that of round 1,
+    so a search needs it once a cell. Of a run whose clients learn nothing, with the first seed."""
+    jobs = {}
+    for cell in cells(args):
+        if cell[0] not in ONE_SHAPE:
+            folder = out / f"aligned-{cell[0]}-b{cell[1]}-s{cell[2]}"
+            extra = ["--rounds", "1", "--local-steps", "1", "--eval-limit", "1"]
+            jobs[cell] = folder, command(args, folder, cell, args.seeds[0], 0.0, extra)
+    run_all(jobs, args, "alignment")
+    return {cell: ["--init-lora", str(folder), "--align-init", "0"] for cell, (folder, _) in jobs.items()}
+
+
 def search(args, out: Path) -> dict:
-    """The best learning rate of every cell, on held-out training rows."""
+    """The best learning rate of every cell on held-out training rows: from START on towards the better, until
+    both neighbours of the best are tried."""
     if args.lr:
         return dict.fromkeys(cells(args), args.lr)
-    tried, best = {}, {}
-    wanted = {cell: range(LOWEST.get(cell[0], 1), LOWEST.get(cell[0], 1) + 3) for cell in cells(args)}
-    for title in ("learning rates", "beyond the best"):
+    starts, tried, best = aligned(args, out), {}, {}
+    wanted = {cell: START.get(cell[0], (2, 3)) for cell in cells(args)}
+    while any(wanted.values()):
         jobs = {}
         for cell, i in ((cell, i) for cell in wanted for i in wanted[cell]):
             folder = out / f"search-{cell[0]}-b{cell[1]}-s{cell[2]}-lr{RATES[i]:g}"
-            extra = ["--validate", str(args.validate)]
+            extra = ["--validate", str(args.validate), *starts.get(cell, [])]
             jobs[cell, i] = folder, command(args, folder, cell, args.seeds[0], RATES[i], extra)
-        tried |= run_all(jobs, args, title)
+        tried |= run_all(jobs, args, "learning rates")
         best = {cell: max((i for c, i in tried if c == cell), key=lambda i: final(tried[cell, i])["accuracy"])
                 for cell in cells(args)}
         wanted = {cell: [i for i in (best[cell] - 1, best[cell] + 1)
