@@ -33,7 +33,7 @@ from tasks.code import print_languages, score_code, score_rosetta
 from tasks.qa import print_scenarios, score_dolly, score_dolly_predictions
 
 HERE = Path(__file__).resolve().parent
-BUNDLED_CKPT, BUNDLED_DATA = HERE / "tiny" / "llama", HERE / "tiny" / "data"
+BUNDLED_CKPT, BUNDLED_SMALL, BUNDLED_DATA = (HERE / "tiny" / name for name in ("llama", "small", "data"))
 TASKS = ("gsm8k", "rosetta", "dolly")
 
 

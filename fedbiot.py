@@ -247,11 +247,12 @@ def weights_of(lm: LM) -> Payload:
 
 
 def lm_from(payload: Payload, device="cpu") -> LM:
-    """The model that `weights_of` described, around the payload's tensors: they are not copied."""
-    state = {name: t.to(device) for name, t in payload.items() if name != "config"}
+    """The model that `weights_of` described, around the payload's tensors: they are not copied.
+    What else a method has put into the payload is left to its client."""
     config = ModelConfig(**json.loads(bytes(payload["config"].tolist())))
     with torch.device("meta"):
-        lm = LM.empty(config, {int(n.split(".")[1]) for n in state if n.startswith("layers.")})
+        lm = LM.empty(config, {int(n.split(".")[1]) for n in payload if n.startswith("layers.")})
+    state = {name: payload[name].to(device) for name in lm.state_dict() if name in payload}
     if config.tied:
         state["output.weight"] = state["tok_embeddings.weight"]
     lm.load_state_dict(state, assign=True)

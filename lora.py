@@ -39,21 +39,27 @@ class LoRALinear(nn.Module):
         return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, A), B)
 
 
-def add_lora(lm: LM, rank: int, alpha: float, generator: torch.Generator) -> LM:
-    """A second LM over the *same* frozen tensors, whose every block has LoRA on TARGETS.
-
-    `lm` itself is left as it is. A is drawn on the CPU, layer by layer, so that a seed means
-    the same start on every device.
-    """
+def twin_blocks(lm: LM) -> dict[int, Block]:
+    """Second blocks around the *same* frozen tensors: what is built into them leaves `lm` as it is."""
     twins = {}
     for i, block in lm.layers.items():
         with torch.device("meta"):
-            twin = Block(lm.config)
-        twin.load_state_dict(block.state_dict(keep_vars=True), assign=True)     # shared, not copied
-        twin.requires_grad_(False)
+            twins[int(i)] = Block(lm.config)
+        twins[int(i)].load_state_dict(block.state_dict(keep_vars=True), assign=True)
+        twins[int(i)].requires_grad_(False)
+    return twins
+
+
+def add_lora(lm: LM, rank: int, alpha: float, generator: torch.Generator) -> LM:
+    """A second LM around `lm`'s tensors, whose every block has LoRA on TARGETS.
+
+    A is drawn on the CPU, layer by layer, so that a seed means the same start on every device.
+    """
+    twins = twin_blocks(lm)
+    for twin in twins.values():
         for name in TARGETS:
-            setattr(twin.attention, name, LoRALinear(getattr(twin.attention, name), rank, alpha, generator))
-        twins[int(i)] = twin
+            base = getattr(twin.attention, name)
+            setattr(twin.attention, name, LoRALinear(base, rank, alpha, generator))
     return lm.with_layers(twins)
 
 

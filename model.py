@@ -295,6 +295,9 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.pieces.decode(ids)
 
+    def vocabulary(self) -> list[str]:
+        return [self.pieces.id_to_piece(i) for i in range(self.vocab_size)]
+
 
 # ---- checkpoints --------------------------------------------------------------------------------
 

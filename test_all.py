@@ -50,7 +50,7 @@ import fedbiot
 import lora
 import model
 import train
-from baselines import fedavg, fedkseed, fedpt, fedtt, offsite
+from baselines import fedavg, fedkseed, fedtt, offsite
 from model import LM, ModelConfig, UserError
 from tasks import code as humaneval
 from tasks import qa, sandbox
@@ -1868,7 +1868,7 @@ def method_config(method: str, **changes) -> train.RunConfig:
     small = {"dropout": Fraction(1, 2), "adapter": 1, "rounds": 2, "local_steps": 3, "batch_size": 4, "align_init": 3,
              "align_steps": 2, "lr": 1e-2, "server_lr": 1e-2, "rank": 4, "clients": 2, "max_len": 64, "shots": 0,
              "max_update_norm": 0.0}
-    return train.RunConfig(method=method, ckpt="none", **{**small, **changes})
+    return train.RunConfig(method=method, **{**small, **changes})
 
 
 def method_run(method: str, full: LM | None = None, rounds=2, first_round=0, state=None, shards=None, **changes):
@@ -1950,7 +1950,7 @@ def test_fedkseed_step_is_the_two_point_estimate():
     server = fedkseed.Server(full, None, cfg)
     up, _ = fedkseed.Client(server.bootstrap(), cfg).update(0, server.broadcast(0), shard, 0)
     batch = next(shard.batches(1, cfg.batch_size, (cfg.seed, 0, 0)))
-    g = torch.Generator().manual_seed(fedkseed.candidates(server.state["seed"].item(), 4096)[up["j"].item()])
+    g = torch.Generator().manual_seed(fedkseed.candidates(server.learnt["seed"].item(), 4096)[up["j"].item()])
     z = {n: torch.randn(p.shape, generator=g).double() for n, p in full.named_parameters()}
     losses = []
     for sign in (1, -1):
@@ -1963,7 +1963,7 @@ def test_fedkseed_step_is_the_two_point_estimate():
 def test_fedkseed_sends_17988_bytes_a_round_and_pro_9796_whatever_the_model():
     # kills: int64 indices; p for plain FedKSeed; no master seed
     for method, expected in (("fedkseed", 17_988), ("fedkseed-pro", 9_796)):
-        cfg = method_config(method, local_steps=200)
+        cfg = method_config(method, local_steps=200, kseed_candidates=train.resolve({"method": method}).kseed_candidates)
         for changes in ({}, {"n_layers": 2, "dim": 24}):
             server = fedkseed.Server(tiny_lm(**changes), None, cfg)
             up = server.expected(0)
@@ -1986,7 +1986,7 @@ for seed in candidates(7, 3):
     step_along(w, seed, 1.0)
 assert torch.equal(before, torch.get_rng_state()), "the global generator moved"
 print([x.hex() for p in w for x in p.flatten().tolist()])
-cfg = SimpleNamespace(method="fedkseed", kseed_candidates=0, kseed_eps=1e-3, seed=0, local_steps=1, batch_size=1, lr=1e-4)
+cfg = SimpleNamespace(method="fedkseed", kseed_candidates=4096, kseed_eps=1e-3, seed=0, local_steps=1, batch_size=1, lr=1e-4)
 server = Server(LM.empty(ModelConfig(256, 24, 4, 4, 512, 768)).requires_grad_(False), None, cfg)
 client = Client(server.bootstrap(), cfg)
 data = Shard([Example([1] + [5] * 50, 4)], [0])
@@ -2052,7 +2052,7 @@ def test_fedkseed_pro_draws_larger_gradients_more_often():
     server.aggregate(0, [{"j": torch.tensor([0, 0, 1]).int(), "g": torch.tensor([3., -6., 5000.])}], [2.0])
     p = server.broadcast(1)["p"]
     assert off(p, torch.softmax(torch.tensor([9 / 3, 1000 / 2, 0, 0]) / 500, 0)) < 1e-6 and p.max() / p.min() < math.e + 1e-5
-    assert server.state["a"].tolist() == [-3, 5000, 0, 0]
+    assert server.learnt["a"].tolist() == [-3, 5000, 0, 0]
 
 
 def tt_matrix(cores, d_in, d_out):
@@ -2081,7 +2081,7 @@ def test_fedtt_is_the_identity_at_the_start_bit_for_bit_and_learns_all_cores():
         full = tiny_lm().to(dtype)
         tuned = fedtt.Server(full, None, method_config("fedtt")).models()["full"]
         assert torch.equal(full(random_tokens(2, 9)), tuned(random_tokens(2, 9)))
-        assert all(p.dtype == torch.float32 for n, p in tuned.named_parameters() if ".after_" in n)
+        assert all(p.dtype == torch.float32 for n, p in tuned.named_parameters() if ".cores." in n)
     server, _, records = method_run("fedtt", tiny_lm(n_layers=2), 3)
     fresh, lm = fedtt.Server(tiny_lm(n_layers=2), None, server.cfg), server.models()["full"]
     assert all(not torch.equal(p, fresh.learnt[n]) for n, p in server.learnt.items())
@@ -2107,7 +2107,7 @@ def test_fedtt_plus_average_of_cores_is_the_average_of_matrices():
     weights, layer = [.2, .3, .5], fedtt.TTLinear(24, 12, 3, False, fedbiot.generator(1), "cpu").double()
     cores = {f"x.cores.{i}": p for i, p in enumerate(layer.cores)}
     for t in range(6):
-        moved = fedtt.active(cores, t)
+        moved = fedtt.active(cores, t, method_config("fedtt+"))
         assert list(moved) == [f"x.cores.{5 - t}"]
         ups = [{n: p + random(*p.shape, seed=10 * t + m).double() for n, p in moved.items()} for m in range(3)]
         mean = {n: sum(w * up[n] for w, up in zip(weights, ups)) for n in moved}
@@ -2139,8 +2139,10 @@ class BlackBox(torch.nn.Module):
 
 
 def proxy_run(path: Path, *args, large=None, **changes):
-    meta_folder(path / "small", tiny_lm(5, n_layers=2, dim=24, n_heads=4), ffn_dim_multiplier=2.6)
-    return method_run("fedpt", large, *args, proxy_ckpt=str(path / "small"), **changes)
+    small = tiny_lm(5, n_layers=2, dim=24, n_heads=4, vocab_size=1024)
+    meta_folder(path / "small", small, tokenizer=True, ffn_dim_multiplier=2.6)
+    changes |= {"proxy_ckpt": str(path / "small"), "ckpt": str(path / "small")}     # ckpt: its tokenizer
+    return method_run("fedpt", large or tiny_lm(vocab_size=1024), *args, **changes)
 
 
 def test_fedpt_untuned_proxy_is_the_large_model_exactly_and_the_tuned_one_a_sum_of_logits():
@@ -2148,7 +2150,7 @@ def test_fedpt_untuned_proxy_is_the_large_model_exactly_and_the_tuned_one_a_sum_
     tokens = random_tokens(2, 9)
     with folder() as path:
         for dtype in (torch.float32, torch.bfloat16):
-            large = tiny_lm().to(dtype)
+            large = tiny_lm(vocab_size=1024).to(dtype)
             assert torch.equal(proxy_run(path, 0, large=large)[0].models()["proxy"](tokens), large(tokens))
             server = proxy_run(path, 1, large=large, proxy_alpha=0.0)[0]
             assert torch.equal(server.models()["proxy"](tokens), large(tokens))
@@ -2164,7 +2166,7 @@ def test_fedpt_untuned_proxy_is_the_large_model_exactly_and_the_tuned_one_a_sum_
 
 def test_fedpt_asks_the_large_model_for_logits_only():
     # kills: its hidden states, layers or gradients used in a round; its weights in a payload
-    large = tiny_lm()
+    large = tiny_lm(vocab_size=1024)
     with folder() as path:
         server, client, records = proxy_run(path, large=BlackBox(large))
     assert all(p.grad is None and not p.requires_grad for p in large.parameters())
@@ -2193,23 +2195,27 @@ def test_fedpt_distillation_lowers_the_kl_to_its_frozen_teacher():
 def test_fedpt_refuses_another_vocabulary():
     # kills: no check of the sizes; none of the pieces
     with folder() as path:
-        meta_folder(path / "large", tiny_lm(vocab_size=1024), tokenizer=True)
-        meta_folder(path / "small", tiny_lm(vocab_size=60), tokenizer=True)
-        flags = ["--method", "fedpt", "--ckpt", path / "large", "--proxy-ckpt", path / "small", "--out", path / "run"]
-        status, _, err = cli(*flags)
-        assert status == 2 and err.count("\n") == 1 and "60 pieces" in err and "1024" in err, err
-        refused(lambda: fedpt.Server(tiny_lm(), None, method_config("fedpt", proxy_ckpt=str(path / "small"))), "60", "97")
+        for name in ("large", "small"):
+            meta_folder(path / name, tiny_lm(vocab_size=1024), tokenizer=True)
+        meta_folder(path / "smaller", tiny_lm(vocab_size=60), tokenizer=True)
+        pieces = BUNDLED_TOKENIZER.read_bytes()
+        (path / "small/tokenizer.model").write_bytes(pieces.replace(b"Response", b"Rezponse"))
+        for small, expected in (("small", "other pieces"), ("smaller", "60")):
+            flags = ["--method", "fedpt", "--ckpt", path / "large", "--proxy-ckpt", path / small, "--out", path / "run"]
+            status, _, err = cli(*flags)
+            assert status == 2 and err.count("\n") == 1 and expected in err and not (path / "run").exists(), err
 
 
 def test_every_method_resumes_bit_for_bit():
     # kills: a part of the state not saved; randomness carried from round to round
     with folder() as path:
-        proxy_run(path, 0)
         for method in ("fedot", "fedavg", "fedkseed", "fedkseed-pro", "fedtt", "fedtt+", "fedpt"):
-            flags = {"proxy_ckpt": str(path / "small"), "kseed_candidates": 8, "lr": 1e-4, "proxy_steps": 2, "local_steps": 2}
-            whole = method_run(method, rounds=2, **flags)[0].state_dict()["learnt"]
-            state = method_run(method, rounds=1, **flags)[0].state_dict()
-            assert same(whole, method_run(method, rounds=2, first_round=1, state=state, **flags)[0].state_dict()["learnt"]), method
+            flags = {"kseed_candidates": 8, "lr": 1e-4, "proxy_steps": 2, "local_steps": 2}
+            run = (lambda **more: proxy_run(path, **flags, **more)) if method == "fedpt" else (
+                lambda **more: method_run(method, **flags, **more))
+            whole = run(rounds=2)[0].state_dict()["learnt"]
+            state = run(rounds=1)[0].state_dict()
+            assert same(whole, run(rounds=2, first_round=1, state=state)[0].state_dict()["learnt"]), method
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -3139,7 +3145,7 @@ def test_hostile_indices_and_scalars_are_harmless_to_fedkseed():
         results = fedbiot.accepted(0, {m: (u, {"loss": 1.0}) for m, u in ((0, up), (1, bad))}, server.expected(0), cfg)
     assert list(results) == [0] and "client 1: rejected" in err.getvalue()
     server.aggregate(0, [up], [1.0])
-    assert server.state["a"].sum() == 3 and server.state["a"].isfinite().all()
+    assert server.learnt["a"].sum() == 3 and server.learnt["a"].isfinite().all()
 
 
 def test_code_in_a_state_is_never_run_and_another_runs_state_is_refused():

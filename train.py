@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import baselines
 from data import CLIENTS, MAX_LEN, make_public, make_shards, read_gsm8k
-from eval import (BUNDLED_CKPT, BUNDLED_DATA, TASKS, Parser, evaluate, gsm8k_shots, main_guard,
-                  pick_device, pick_dtype)
+from eval import (BUNDLED_CKPT, BUNDLED_DATA, BUNDLED_SMALL, TASKS, Parser, evaluate, gsm8k_shots,
+                  main_guard, pick_device, pick_dtype)
 from fedbiot import Config, Payload, Wire, federate, misfit, option, payload_bytes
 from lora import start_from
 from model import ModelConfig, UserError, load, load_tokenizer, read_saved
@@ -82,7 +82,7 @@ class RunConfig(Config):
     out: str | None = option(None, "run folder; default runs/<task>-<method>-…")
     init_lora: str | None = option(None, "LoRA to start from: PEFT's folder, a run's, or a lora.pt")
     tensorboard: bool = option(False, "the log for TensorBoard too, in <run folder>/tensorboard")
-    kseed_candidates: int = option(0, "FedKSeed: candidate seeds (K); 0: 4096, for Pro 1024")
+    kseed_candidates: int = option(4096, "FedKSeed: candidate seeds (K); for Pro 1024")
     kseed_eps: float = option(5e-4, "FedKSeed: step of the two-point gradient (epsilon)")
     tt_rank: int = option(5, "FedTT: rank of the tensor trains")
     tt_bottleneck: int = option(64, "FedTT: width inside an adapter")
@@ -130,10 +130,12 @@ def resolve(given: dict) -> RunConfig:
     values = {"max_len": MAX_LEN[task], "clients": 1 if method == "offsite" else CLIENTS[task]}
     values |= PAPER | (BUNDLED if bundled else {})
     if method.startswith("fedkseed"):
-        values |= {"local_steps": 200, "lr": 1e-3 if bundled else 3e-7}
+        values |= {"local_steps": 200, "lr": 1e-3 if bundled else 3e-7,
+                   "kseed_candidates": 1024 if method == "fedkseed-pro" else 4096}
     values |= PRESETS[given.get("preset", "paper")] | given
     values["ckpt"] = str(given.get("ckpt") or BUNDLED_CKPT)
     values["data_dir"] = str(given.get("data_dir") or BUNDLED_DATA)
+    values["proxy_ckpt"] = str(given.get("proxy_ckpt") or BUNDLED_SMALL)
     cores = len(os.sched_getaffinity(0))
     values["threads"] = values.get("threads") or max(cores // local_processes(), 1)
     cfg = RunConfig(**values)
@@ -150,7 +152,7 @@ def local_processes() -> int:
 
 
 AT_LEAST_ONE = {"rounds", "local_steps", "batch_size", "rank", "clients", "threads", "eval_batch",
-                "samples", "tt_rank", "tt_bottleneck"}
+                "samples", "kseed_candidates", "tt_rank", "tt_bottleneck"}
 
 
 def check(cfg: RunConfig):
@@ -191,7 +193,7 @@ def plan(c: ModelConfig, cfg) -> dict:
     """
     n, method, module = c.n_layers, cfg.method, baselines.module_of(cfg.method)
     if method == "fedpt":                                               # FedAvg, on the small model
-        costs = plan(module.small_config(cfg, c.vocab_size)[1], replace(cfg, method="fedavg"))
+        costs = plan(ModelConfig.read(cfg.proxy_ckpt), replace(cfg, method="fedavg"))
         return costs | {"kept_layers": [], "adapter_layers": [], "dropped_layers": list(range(n))}
     emulator, adapter = [], list(range(n))
     if method in ("fedbiot", "offsite", "fedot"):
@@ -202,10 +204,9 @@ def plan(c: ModelConfig, cfg) -> dict:
     if method == "fedbiot":                         # E's LoRA comes down too; backward ends above E
         sent, crossed = 4 * lora * (held + tuned), held + tuned - 1
     elif method.startswith("fedkseed"):                                 # two forwards, no backward
-        pro = method == "fedkseed-pro"
-        K = cfg.kseed_candidates or (1024 if pro else 4096)
         layer, trained, crossed = matrices, whole_size(c), 2 * n
-        sent = 4 + 4 * K * (1 + pro) + 8 * cfg.local_steps
+        vectors = 2 if method == "fedkseed-pro" else 1                  # a, and Pro's p
+        sent = 4 + 4 * cfg.kseed_candidates * vectors + 8 * cfg.local_steps
     elif method.startswith("fedtt"):             # FedTT+: mean of a cycle, where none is absent
         cores, biases = module.sizes(c.dim, cfg)
         layer, trained = matrices + cores + biases, n * (cores + biases)
@@ -662,8 +663,6 @@ def run(argv=None, processes: Processes | None = None) -> int:
             print(f"{folder}: this run is finished", file=sys.stderr)
             return 0
         state = load_state(folder, cfg)
-    if cfg.method == "fedpt":
-        method.check_pieces(cfg)
     device = pick_device(cfg.device)
     if device.type == "cuda" and device.index is None:  # each process of a host takes the next GPU
         local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -2,8 +2,9 @@
 import importlib
 
 MODULES = {"fedbiot": "fedbiot", "offsite": "baselines.offsite", "fedot": "baselines.offsite",
-           "fedavg": "baselines.fedavg", "fedkseed": "baselines.fedkseed", "fedkseed-pro": "baselines.fedkseed",
-           "fedtt": "baselines.fedtt", "fedtt+": "baselines.fedtt", "fedpt": "baselines.fedpt"}
+           "fedavg": "baselines.fedavg", "fedkseed": "baselines.fedkseed",
+           "fedkseed-pro": "baselines.fedkseed", "fedtt": "baselines.fedtt",
+           "fedtt+": "baselines.fedtt", "fedpt": "baselines.fedpt"}
 
 
 def module_of(method: str):

@@ -1,9 +1,10 @@
-"""FedAvg on LoRA (FedIT): clients hold the full model and tune LoRA in all its layers. The upper bound.
+"""FedAvg on LoRA (FedIT): clients hold the full model and tune LoRA in all its layers.
 
     adapted         a model with LoRA in every block, and the tensors that are tuned
     Server, Client  FedBiOT's update (epsilon = 0) and average, without an emulator
 
-What FedBiOT gives up for privacy and cost is measured against this. FedTT and FedPT are built on it.
+The upper bound: what FedBiOT gives up for privacy and cost is measured against this. The other
+methods without an emulator are built on it.
 """
 from dataclasses import replace
 
@@ -27,7 +28,7 @@ class Server(fedbiot.Server):
     def __init__(self, full: LM, public, cfg):
         self.full, self.public, self.cfg, self.metrics = full, public, cfg, {}
         self.lm, self.tuned = self.adapted(full, cfg, generator(cfg.seed, 0, SERVER))
-        self.learnt = self.tuned                                        # what lora.pt will hold
+        self.learnt = self.tuned                                    # what lora.pt will hold
 
     def bootstrap(self) -> Payload:
         return weights_of(self.full)

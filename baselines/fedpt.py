@@ -1,52 +1,27 @@
-"""FedPT: Gao et al. 2024 (arXiv 2410.00362). A black-box large model is tuned by way of a small one.
+"""FedPT: Gao et al. 2024 (arXiv 2410.00362): a large model is tuned by way of a small one.
 
-    z_L         logits of the large model, which is asked for nothing else and never leaves the server
+    z_L         logits of the large model, which is asked for nothing else and stays at the server
     z_S, z_S0   logits of the small model with its LoRA, and with it off: one copy of its weights
     z           z_L + alpha (z_S - z_S0), the proxy-tuned model
 
-A round: (1) broadcast the small model's LoRA; (2) clients tune it; (3) average, S; (4) the proxy z from S;
-(5) distil z back into S on public data: KL(softmax(z) || softmax(z_S)). Clients are FedAvg's, on the small model.
-z_S0 is the untuned model in every round, so z_L - z_S0 is added again in each: watch `drift`, the mean
-||z_S - z_S0|| over the answers' tokens; keep the steps few, or alpha below 1.
+A round: (1) broadcast the small model's LoRA; (2) clients tune it; (3) average them, S; (4) z from
+S; (5) distil z back into S on public data: KL(softmax(z) || softmax(z_S)). z_S0 is the untuned
+model in every round, so z_L - z_S0 is added again in each: watch `drift`, the mean ||z_S - z_S0||
+over the answers' tokens; keep the steps few, or alpha below 1.
 """
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from baselines import fedavg
-from baselines.fedavg import Client  # noqa: F401  (2): plain cross-entropy on the small model's LoRA
+from baselines.fedavg import Client  # noqa: F401  (2): plain cross-entropy on the small LoRA
 from fedbiot import SERVER, generator, linear_kl
 from lora import copy_into
-from model import LM, ModelConfig, Tokenizer, UserError, load_weights
-
-SMALL = Path(__file__).resolve().parent.parent / "tiny" / "small"
-
-
-def small_config(cfg, vocab_size: int) -> tuple[Path, ModelConfig]:
-    """Folder and architecture of the small model; UserError unless its vocabulary is the large one's."""
-    folder = Path(cfg.proxy_ckpt or SMALL)
-    c = ModelConfig.read(folder)
-    c = ModelConfig(**{**vars(c), "vocab_size": vocab_size}) if c.vocab_size == -1 else c
-    if vocab_size not in (-1, c.vocab_size):                            # -1: the tokenizer's, in old params.json
-        raise UserError(f"--proxy-ckpt {folder}: its vocabulary has {c.vocab_size} pieces, the large model's {vocab_size}; "
-                        f"their logits can only be added over the same pieces")
-    return folder, c
-
-
-def check_pieces(cfg):
-    """UserError unless both folders' tokenizers have the same pieces in the same order."""
-    here, there = Path(cfg.ckpt), Path(cfg.proxy_ckpt or SMALL)
-    a, b = ([t.pieces.id_to_piece(i) for i in range(t.vocab_size)] for t in
-            (Tokenizer(folder / "tokenizer.model") for folder in (here, there)))
-    if a != b:
-        raise UserError(f"--proxy-ckpt {there}: its tokenizer has other pieces than {here}'s; "
-                        f"their logits can only be added over the same pieces")
+from model import LM, UserError, load, load_tokenizer
 
 
 class Proxy(nn.Module):
-    """z = z_L + alpha (z_S - z_S0), with what `generate` asks of a model. Untuned, z is z_L exactly."""
+    """z, with what `generate` asks of a model. Untuned, z is z_L exactly."""
 
     def __init__(self, large: LM, small: LM, untuned: LM, alpha: float):
         super().__init__()
@@ -54,17 +29,18 @@ class Proxy(nn.Module):
         self.config, self.tok_embeddings = large.config, large.tok_embeddings
 
     def caches(self, batch: int, slots: int) -> list:
-        return [cache for lm in (self.large, self.small, self.untuned) for cache in lm.caches(batch, slots)]
+        three = (self.large, self.small, self.untuned)
+        return [cache for lm in three for cache in lm.caches(batch, slots)]
 
     def hidden(self, tokens: Tensor, caches=None, slots=None, mask=None, rows=None) -> Tensor:
-        """(B, T) -> (B, T, D_L + D_S): what the heads read, so that `output` can be asked for few positions."""
+        """(B, T) -> (B, T, D_L + D_S), or (N, D_L + D_S) at `rows`: what the heads read."""
         n, k = len(self.large.layers), len(self.large.layers) + len(self.small.layers)
         own = (caches[:n], caches[n:k], caches[k:]) if caches else (None, None, None)
-        large, small, untuned = (lm.hidden(tokens, c, slots, mask, rows)
-                                 for lm, c in zip((self.large, self.small, self.untuned), own))
+        large, small, untuned = (lm.hidden(tokens, c, slots, mask, rows) for lm, c in
+                                 zip((self.large, self.small, self.untuned), own))
         return torch.cat((large, small - untuned), -1)
 
-    def output(self, h: Tensor) -> Tensor:                              # (..., D_L + D_S) -> (..., V)
+    def output(self, h: Tensor) -> Tensor:                          # (..., D_L + D_S) -> (..., V)
         D = self.config.dim
         return self.large.output(h[..., :D]) + self.alpha * self.small.output(h[..., D:])
 
@@ -73,20 +49,23 @@ class Proxy(nn.Module):
 
 
 class Server(fedavg.Server):
+    """FedAvg's, of the small model: `full` is S0, `lm` is S; `averaged` is the LoRA of (3)."""
+
     def __init__(self, full: LM, public, cfg):
-        """`full` is the large model; the small one is read here."""
-        head = full.output.weight
-        folder, config = small_config(cfg, full.config.vocab_size)
-        small = load_weights(folder, config, dtype=head.dtype, device=head.device)
-        super().__init__(small, public, cfg)                            # self.full: S0, self.lm: S
-        self.large = full
-        self.snapshot, self.averaged = self.adapted(small, cfg, generator(0))   # S as averaged: the proxy's
+        """`full` is the large model here; the small one is read from --proxy-ckpt."""
+        self.large, head = full, full.output.weight
+        small, tokenizer = load(cfg.proxy_ckpt, dtype=head.dtype, device=head.device)
+        if tokenizer.vocabulary() != load_tokenizer(cfg.ckpt, full.config).vocabulary():
+            raise UserError(f"--proxy-ckpt {cfg.proxy_ckpt}: its tokenizer has other pieces than "
+                            f"{cfg.ckpt}'s; logits can only be added over the same pieces")
+        super().__init__(small, public, cfg)
+        self.snapshot, self.averaged = self.adapted(small, cfg, generator(0))
         copy_into(self.averaged, self.tuned)
         self.learnt = self.tuned | {f"averaged.{name}": p for name, p in self.averaged.items()}
 
     def aggregate(self, t: int, uploads, weights):
-        super().aggregate(t, uploads, weights)                          # (3)
-        copy_into(self.averaged, self.tuned)                            # (4): the teacher, frozen before (5)
+        super().aggregate(t, uploads, weights)                      # (3)
+        copy_into(self.averaged, self.tuned)                        # (4): frozen before (5)
         self.distil(t)
 
     def distil(self, t: int):
@@ -104,17 +83,17 @@ class Server(fedavg.Server):
             sums += torch.stack((kl.detach(), drift)).cpu()
         self.lm.requires_grad_(False)
         if cfg.proxy_steps:
-            kl, drift = (sums / cfg.proxy_steps).tolist()
-            self.metrics = {"distill_kl": kl, "drift": drift}
+            self.metrics = dict(zip(("distill_kl", "drift"), (sums / cfg.proxy_steps).tolist()))
 
     def distillation_loss(self, batch) -> tuple[Tensor, Tensor]:
         """(KL(proxy || small), mean ||z_S - z_S0||) over the answers' tokens."""
+        W, weights = self.full.output.weight, batch.weights
         with torch.no_grad():
-            z_L = self.large(batch.tokens).flatten(0, 1)[batch.rows]    # (N, V): all that is asked of it
+            z_L = self.large(batch.tokens).flatten(0, 1)[batch.rows]    # (N, V): logits, only those
             h, h0 = (lm.hidden(batch.tokens, rows=batch.rows) for lm in (self.snapshot, self.full))
-            drift = (batch.weights * self.full.output(h - h0).float().norm(dim=-1)).sum()
+            drift = (weights * self.full.output(h - h0).float().norm(dim=-1)).sum()
         h_student = self.lm.hidden(batch.tokens, rows=batch.rows)
-        return linear_kl(h_student, self.cfg.proxy_alpha * (h - h0), self.full.output.weight, batch.weights, z_L), drift
+        return linear_kl(h_student, self.cfg.proxy_alpha * (h - h0), W, weights, z_L), drift
 
     def models(self) -> dict:
         proxy = Proxy(self.large, self.snapshot, self.full, self.cfg.proxy_alpha)

@@ -1,8 +1,8 @@
-"""Offsite-Tuning (Xiao et al. 2023, arXiv 2302.04870) and FedOT (Kuang et al., KDD 2024): what differs from FedBiOT.
+"""Offsite-Tuning (Xiao et al. 2023, arXiv 2302.04870), FedOT (Kuang et al., KDD 2024).
 
-    split           A = the first s and the last s layers; E = what layer dropout leaves of the middle
-    Server          E is aligned once, before anything is sent; then it is frozen and never sent again
-    Client          plain cross-entropy (epsilon = 0); A is at both ends, so backward crosses all of E too
+    split           A = the first s and the last s layers; E = what dropout leaves of the middle
+    Server          E is aligned once, before anything is sent, then never again
+    Client          plain cross-entropy (epsilon = 0); A is at both ends, so backward crosses all
 
 Offsite-Tuning is one client with all the data, FedOT the task's clients with weighted averaging.
 DIFFERS: the original tunes whole layers; as the FedBiOT paper's own runs of both, LoRA and floor.
@@ -19,9 +19,9 @@ def split(n: int, cfg) -> tuple[list[int], list[int]]:
     """(emulator's layers, adapter's layers), 0-based indices of the full model's n layers."""
     s = cfg.adapter
     if not 1 <= 2 * s < n:
-        raise UserError(f"--adapter {s}: {cfg.method} tunes the first and the last s of the model's {n} layers, "
-                        f"so choose 1..{(n - 1) // 2}")
-    middle, last = layer_extract(n - s, s, cfg.dropout)                 # of what lies above the first s
+        raise UserError(f"--adapter {s}: {cfg.method} tunes the first and the last s of the "
+                        f"model's {n} layers, so choose 1..{(n - 1) // 2}")
+    middle, last = layer_extract(n - s, s, cfg.dropout)             # of what lies above the first s
     return [s + i for i in middle], list(range(s)) + [s + i for i in last]
 
 
@@ -37,8 +37,7 @@ class Server(fedbiot.Server):
         return super().bootstrap() | {name: p.detach() for name, p in self.emulated.items()}
 
     def broadcast(self, t: int) -> Payload:
-        if t:
-            self.metrics = {}                                           # nothing is aligned between rounds
+        self.metrics = {} if t else self.metrics                    # of the one alignment
         return {name: p.detach() for name, p in self.tuned.items()}
 
     def load_state_dict(self, state: dict):
@@ -48,10 +47,9 @@ class Server(fedbiot.Server):
 
 class Client(fedbiot.Client):
     def __init__(self, bootstrap: Payload, cfg, device="cpu"):
-        aligned = {name: p for name, p in bootstrap.items() if ".lora_" in name}
-        frozen = {name: p for name, p in bootstrap.items() if name not in aligned}
-        super().__init__(frozen, replace(cfg, prox=0.0), device)
-        copy_into({name: p for name, p in self.received.items() if name in aligned}, aligned)
+        super().__init__(bootstrap, replace(cfg, prox=0.0), device)
+        aligned = self.received.keys() - self.tuned.keys()
+        copy_into(*({name: held[name] for name in aligned} for held in (self.received, bootstrap)))
         self.received = self.tuned
 
     @staticmethod
