@@ -10,7 +10,7 @@ Read from the end: `federate` is Algorithm 2.
     Server.aggregate         Eq. 11, line 16  weighted average
     Server, Client, Wire, accepted, federate  the protocol that every method here shares
 
-E* = the original layers that E, the emulator, stands for (they never leave the server); A = adapter.
+E* = the original layers that the emulator E stands for (they stay at the server); A = adapter.
 """
 import json
 import math
@@ -39,7 +39,7 @@ def option(default, text, **extra):
 @dataclass(frozen=True)
 class Config:
     """What the algorithm needs to know. train.py adds its own and makes flags of it."""
-    dropout: Fraction = option(Fraction("0.2"), "share of the layers below the adapter to drop (beta)")
+    dropout: Fraction = option(Fraction("0.2"), "share of layers below the adapter to drop (beta)")
     adapter: int = option(2, "layers of the adapter (s)")
     rounds: int = option(500, "communication rounds (R)")
     local_steps: int = option(30, "steps of a client in a round (K)")
@@ -54,11 +54,11 @@ class Config:
     rank: int = option(8, "LoRA rank")
     alpha: float = option(16.0, "LoRA alpha")
     clients_per_round: int = option(0, "clients that take part in a round (0: all)")
-    align_norm: str = option("rms", "divide the L2 by the teacher's mean square, or Eq. 3 literally",
+    align_norm: str = option("rms", "divide the L2 by the teacher's mean square, or not",
                              choices=("rms", "none"))
-    align_tokens: str = option("answer", "tokens of the alignment: of the answer, or all (padding too)",
+    align_tokens: str = option("answer", "tokens of the alignment: the answer's, or all",
                                choices=("answer", "all"))
-    align_renew: bool = option(False, "a new alignment optimizer every round, as in the authors' code")
+    align_renew: bool = option(False, "a new alignment optimizer every round (authors' code)")
     max_update_norm: float = option(10.0, "reject an upload that moved this many times further "
                                           "than the round's median (0: none)")
     client_timeout: float = option(0.0, "seconds after which a round goes on without a client's "
@@ -81,8 +81,8 @@ def layer_extract(n: int, s: int, beta: Fraction) -> tuple[list[int], list[int]]
         raise UserError(f"--dropout {float(beta):g}: expected a share in [0, 1), for example 0.2")
     kept = int((1 - Fraction(beta)) * (n - s))                          # floor: both are >= 0
     if kept == 0:
-        raise UserError(f"--dropout {float(beta):g}: leaves no layer of the {n - s} below the adapter; "
-                        f"at most {float(1 - Fraction(1, n - s)):.4g} keeps one")
+        raise UserError(f"--dropout {float(beta):g}: leaves no layer of the {n - s} below the "
+                        f"adapter; at most {float(1 - Fraction(1, n - s)):.4g} keeps one")
     return spread(n - s, kept), list(range(n - s, n))
 
 
@@ -139,7 +139,7 @@ def kl_rows(t: Tensor, delta: Tensor, careful: bool) -> tuple[Tensor, Tensor]:
     top = s.amax(-1, keepdim=True)
     p_t, p_s = torch.softmax(t, -1, out=t), torch.softmax(s, -1, out=s)
     c = top - p_s.amax(-1, keepdim=True).log() + p_t.amax(-1, keepdim=True).log()
-    if not careful:                                                     # a bf16 gradient has no use for them
+    if not careful:                                         # a bf16 gradient has no use for them
         return c - delta.mul_(p_t).sum(-1, keepdim=True), p_s.sub_(p_t)
     kl = c - (delta * p_t).sum(-1, keepdim=True)
     gradient = p_s.add_(p_t).mul_(delta.sub_(c).mul_(0.5).tanh_())
@@ -199,20 +199,21 @@ class LinearKL(torch.autograd.Function):
 def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """sum_i w_i * cross_entropy(W h_i, y_i): a scalar, fp32. Eq. 6.
 
-    h (N, D) after the final norm, W (V, D) the frozen head (it gets no gradient), targets (N,) int64,
-    weights (N,) fp32; a row of weight 0 is ignored, whatever it holds.
+    h (N, D) after the final norm, W (V, D) the frozen head (it gets no gradient), targets (N,)
+    int64, weights (N,) fp32; a row of weight 0 is ignored, whatever it holds.
     """
     needs_grad = torch.is_grad_enabled() and h.requires_grad
     return LinearCrossEntropy.apply(h, W, targets, weights, needs_grad)
 
 
-def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor, offset=None) -> Tensor:
+def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor,
+              offset=None) -> Tensor:
     """sum_i w_i * KL(softmax(W h_teacher_i) || softmax(W h_student_i)): a scalar, fp32. Eq. 5.
 
-    h_* (N, D), W (V, D) frozen, weights (N,) fp32, 0 = ignored. Gradient for h_student only. The two
-    logits' difference is W (h_s - h_t), so that bf16 rounds the *disagreement*: near agreement the
-    gradient of two separately rounded softmaxes is noise. `offset` (N, V), where there is one, is
-    added to the teacher's logits (FedPT's black box; not for FedBiOT).
+    h_* (N, D), W (V, D) frozen, weights (N,) fp32, 0 = ignored. Gradient for h_student only. The
+    two logits' difference is W (h_s - h_t), so that bf16 rounds the *disagreement*: near agreement
+    the gradient of two separately rounded softmaxes is noise. `offset` (N, V), where there is one,
+    is added to the teacher's logits (FedPT's black box; not for FedBiOT).
     """
     needs_grad = torch.is_grad_enabled() and h_student.requires_grad
     return LinearKL.apply(h_student, h_teacher.detach(), W, weights, needs_grad, offset)
@@ -221,8 +222,8 @@ def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor, 
 def proximal(pairs, scale: float) -> Tensor:
     """Eq. 9: sum over (B, A, B0, A0) of ||scale (B A - B0 A0)||^2, a scalar, fp32.
 
-    B (d_out, r), A (r, d_in). BA - B0A0 = [B - B0, B0] [A; A - A0] = L R, and ||L R||^2 is the sum of
-    (L^T L) * (R R^T): no d x d matrix, and exact for deltas too small for B A - B0 A0 in fp32.
+    B (d_out, r), A (r, d_in). BA - B0A0 = [B - B0, B0] [A; A - A0] = L R, and ||L R||^2 is the sum
+    of (L^T L) * (R R^T): no d x d matrix, and exact for deltas too small for B A - B0 A0 in fp32.
     """
     total = 0.0
     for B, A, B0, A0 in pairs:

@@ -15,7 +15,8 @@ import re
 import shutil
 import sys
 import zipfile
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one line that says what was expected, what was found, what to try."""
+    """A mistake of the user's: one line: what was expected, what was found, what to try."""
 
 
 # ---- configuration ------------------------------------------------------------------------------
@@ -33,6 +34,8 @@ class UserError(ValueError):
 PARAMS_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps",
                "ffn_dim_multiplier", "rope_theta", "max_seq_len", "max_batch_size"}
 IGNORABLE_IF_FALSE = {"use_scaled_rope", "attention_bias", "mlp_bias"}
+LARGEST = {"dim": 2**20, "n_layers": 2**10, "n_heads": 2**16, "n_kv_heads": 2**16,
+           "hidden_dim": 2**22, "vocab_size": 2**22}
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,18 @@ class ModelConfig:
     tied: bool = False             # output.weight is tok_embeddings.weight
 
     def __post_init__(self):
-        for name, most in (("dim", 2**20), ("n_layers", 2**10), ("n_heads", 2**16), ("n_kv_heads", 2**16),
-                           ("hidden_dim", 2**22), ("vocab_size", 2**22)):
+        for name, most in LARGEST.items():
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= most and (name, value) != ("vocab_size", -1):
-                raise UserError(f"model configuration: {name} must be an integer in 1..{most}, found {value!r:.80}")
+            ours = (name, value) == ("vocab_size", -1)
+            if not ours and not (type(value) is int and 1 <= value <= most):
+                raise UserError(f"{name} must be an integer in 1..{most}, found {value!r:.80}")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise UserError(f"model configuration: {name} must be a number above 0, found {value!r:.80}")
+                raise UserError(f"{name} must be a number above 0, found {value!r:.80}")
         if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
-            raise UserError(f"model configuration: dim {self.dim} must be a multiple of 2 x n_heads {self.n_heads}, "
-                            f"and n_heads of n_kv_heads {self.n_kv_heads}")
+            raise UserError(f"dim {self.dim} must be a multiple of 2 x n_heads {self.n_heads}, and "
+                            f"n_heads of n_kv_heads {self.n_kv_heads}")
 
     @property
     def head_dim(self):
@@ -73,19 +76,20 @@ class ModelConfig:
             path = Path(folder) / name
             if path.is_file():
                 try:
-                    fields = json.loads(path.read_text())
-                    return parse(fields)
+                    return parse(json.loads(path.read_text()))
                 except UserError as error:
                     raise UserError(f"{path}: {error}") from None
                 except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
-                    raise UserError(f"{path}: expected a LLaMA's configuration as a JSON object; {error!r:.120}") from None
-        raise UserError(f"--ckpt {folder}: expected a folder with params.json (Meta) or config.json (Hugging Face)")
+                    raise UserError(f"{path}: expected a LLaMA's configuration as a JSON object; "
+                                    f"{error!r:.120}") from None
+        raise UserError(f"--ckpt {folder}: expected a folder with params.json (Meta) or "
+                        f"config.json (Hugging Face)")
 
     @classmethod
     def from_params(cls, p: dict) -> "ModelConfig":
         odd = [k for k in p if k not in PARAMS_KEYS and not (k in IGNORABLE_IF_FALSE and not p[k])]
         if odd:
-            raise UserError(f"{odd[0]!r} is not part of a plain LLaMA 1 or 2, and this code has nothing for it")
+            raise UserError(f"{odd[0]!r} is not part of a plain LLaMA 1 or 2; only that is read")
         hidden = int(2 * 4 * p["dim"] / 3)
         if p.get("ffn_dim_multiplier") is not None:
             hidden = int(p["ffn_dim_multiplier"] * hidden)
@@ -94,36 +98,40 @@ class ModelConfig:
                    p.get("vocab_size", -1), hidden, p["norm_eps"], p.get("rope_theta") or 10000.0)
 
     def to_params(self) -> dict:
-        """The inverse of from_params, exactly: a multiplier where `multiple_of` 256 misses hidden_dim."""
-        p = {"dim": self.dim, "n_layers": self.n_layers, "n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads,
-             "vocab_size": self.vocab_size, "multiple_of": 256, "norm_eps": self.norm_eps, "rope_theta": self.rope_theta}
+        """The inverse of from_params, with a multiplier where `multiple_of` 256 would not do."""
+        p = {name: value for name, value in vars(self).items() if name in PARAMS_KEYS}
+        p["multiple_of"] = 256
         if self.from_params(p).hidden_dim != self.hidden_dim:
-            p |= {"multiple_of": 1, "ffn_dim_multiplier": (self.hidden_dim + 0.5) / int(8 * self.dim / 3)}
+            multiplier = (self.hidden_dim + 0.5) / int(8 * self.dim / 3)
+            p |= {"multiple_of": 1, "ffn_dim_multiplier": multiplier}
         return p
 
     @classmethod
     def from_hf(cls, c: dict) -> "ModelConfig":
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}      # transformers 5, 4
+        dim, heads = c["hidden_size"], c["num_attention_heads"]
         plain = {"model_type": c.get("model_type") == "llama",
                  "hidden_act": c.get("hidden_act", "silu") == "silu",
                  "rope type": rope.get("rope_type", rope.get("type", "default")) == "default",
-                 "head_dim": c.get("head_dim") in (None, c["hidden_size"] // c["num_attention_heads"]),
+                 "head_dim": c.get("head_dim") in (None, dim // heads),
                  "attention_bias": not c.get("attention_bias"), "mlp_bias": not c.get("mlp_bias"),
                  "quantization_config": not c.get("quantization_config")}
         odd = [name for name, fine in plain.items() if not fine]
         if odd:
             raise UserError(f"only a plain LLaMA is supported, and here {odd[0]} is not one's")
         theta = rope.get("rope_theta") or c.get("rope_theta") or 10000.0
-        return cls(c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
-                   c.get("num_key_value_heads") or c["num_attention_heads"], c["vocab_size"],
-                   c["intermediate_size"], c["rms_norm_eps"], theta, bool(c.get("tie_word_embeddings")))
+        return cls(dim, c["num_hidden_layers"], heads, c.get("num_key_value_heads") or heads,
+                   c["vocab_size"], c["intermediate_size"], c["rms_norm_eps"], theta,
+                   bool(c.get("tie_word_embeddings")))
 
     def to_hf(self) -> dict:
         return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-                "hidden_size": self.dim, "num_hidden_layers": self.n_layers, "num_attention_heads": self.n_heads,
-                "num_key_value_heads": self.n_kv_heads, "vocab_size": self.vocab_size,
-                "intermediate_size": self.hidden_dim, "rms_norm_eps": self.norm_eps, "rope_theta": self.rope_theta,
-                "max_position_embeddings": 4096, "tie_word_embeddings": self.tied}      # 4096: LLaMA 2's
+                "hidden_size": self.dim, "num_hidden_layers": self.n_layers,
+                "num_attention_heads": self.n_heads, "num_key_value_heads": self.n_kv_heads,
+                "vocab_size": self.vocab_size, "intermediate_size": self.hidden_dim,
+                "rms_norm_eps": self.norm_eps, "rope_theta": self.rope_theta,
+                "max_position_embeddings": 4096,                            # LLaMA 2's
+                "tie_word_embeddings": self.tied}
 
 
 # ---- the decoder --------------------------------------------------------------------------------
@@ -141,8 +149,8 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary embedding of x (B, T, H, d), Meta's layout: neighbours (2i, 2i+1) are one complex number,
-    which is turned by its position's angle: ten times faster on the CPU than writing cos and sin out."""
+    """Rotary embedding of x (B, T, H, d), Meta's layout: neighbours (2i, 2i+1) are one complex
+    number, turned by its position's angle: on the CPU ten times faster than cos and sin apart."""
     z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))    # (B, T, H, d/2)
     return torch.view_as_real(z * torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
 
@@ -178,11 +186,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, past=None) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))  # (B, H|G, T, d)
+        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))
         mask = None
         if past is not None:
             cache, slots, mask = past
             k, v = cache.write(k, v, slots, mask)
+        # q (B, H, T, d), k and v (B, G, S, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=q.shape[1] != k.shape[1])
         return self.wo(y.transpose(1, 2).flatten(2))               # (B, T, D)
@@ -213,11 +222,11 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(c.dim, c.norm_eps)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
 
-    def forward(self, x: Tensor, rope: Tensor, past=None, rows=None):   # (B, T, D) -> (B, T, D) or (N, D)
-        x = x + self.attention(self.attention_norm(x), rope, past)      # tokens look at each other
+    def forward(self, x: Tensor, rope: Tensor, past=None, rows=None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, past)  # tokens look at each other
         if rows is not None:
-            x = x.flatten(0, 1)[rows]
-        return x + self.feed_forward(self.ffn_norm(x))                  # each token on its own
+            x = x.flatten(0, 1)[rows]                               # (B, T, D) -> (N, D)
+        return x + self.feed_forward(self.ffn_norm(x))              # each token on its own
 
 
 class LM(nn.Module):
@@ -234,12 +243,13 @@ class LM(nn.Module):
 
     @classmethod
     def empty(cls, config: ModelConfig, layer_ids=None) -> "LM":
-        """A model with PyTorch's default initialisation (make it under torch.device("meta") for none)."""
+        """A model with PyTorch's default initialisation; none under torch.device("meta")."""
+        V, D = config.vocab_size, config.dim
         ids = range(config.n_layers) if layer_ids is None else layer_ids
-        # the same numbers as nn.Embedding(V, D), which under torch.device("meta") takes most of a second
-        embeddings = nn.Embedding.from_pretrained(torch.randn(config.vocab_size, config.dim), freeze=False)
-        lm = cls(config, {i: Block(config) for i in ids}, embeddings, RMSNorm(config.dim, config.norm_eps),
-                 nn.Linear(config.dim, config.vocab_size, bias=False))
+        # the numbers of nn.Embedding(V, D), which under torch.device("meta") takes most of a second
+        embeddings = nn.Embedding.from_pretrained(torch.randn(V, D), freeze=False)
+        lm = cls(config, {i: Block(config) for i in ids}, embeddings, RMSNorm(D, config.norm_eps),
+                 nn.Linear(D, V, bias=False))
         if config.tied:
             lm.output.weight = lm.tok_embeddings.weight
         return lm
@@ -254,15 +264,17 @@ class LM(nn.Module):
     def rope(self, positions: Tensor) -> Tensor:
         """Cosine and sine of every position's angles, fp32: (T,) -> (T, 1, d/2, 2)."""
         d = self.config.head_dim
-        freqs = self.config.rope_theta ** -(torch.arange(0, d, 2, device=positions.device).float() / d)
+        exponents = torch.arange(0, d, 2, device=positions.device).float() / d
+        freqs = self.config.rope_theta ** -exponents
         angles = positions.float()[..., None, None] * freqs
         return torch.stack((angles.cos(), angles.sin()), -1)
 
     def hidden(self, tokens: Tensor, caches=None, slots=None, mask=None, rows=None) -> Tensor:
-        """tokens (B, T) -> (B, T, D) after the final norm, or (N, D) at positions b T + t = rows (N,).
-        With `caches` (one a block): the prompts if `slots` is None, else one token a row at position
-        slots (B,), mask (B, 1, 1, S) over the cache."""
-        rope = self.rope(torch.arange(tokens.shape[1], device=tokens.device) if slots is None else slots[:, None])
+        """tokens (B, T) -> (B, T, D) after the final norm, or (N, D) at positions b T + t = rows.
+        With `caches` (one a block): the prompts if `slots` is None, else one token a row at
+        position slots (B,), mask (B, 1, 1, S) over the cache."""
+        first = torch.arange(tokens.shape[1], device=tokens.device)     # (T,)
+        rope = self.rope(first if slots is None else slots[:, None])
         x = self.tok_embeddings(tokens)                                 # (B, T, D)
         for i, block in enumerate(self.layers.values()):
             last = i + 1 == len(self.layers)
@@ -281,12 +293,15 @@ class Tokenizer:
     def __init__(self, path):
         from sentencepiece import SentencePieceProcessor       # here: --plan needs no tokenizer
         if not Path(path).is_file():
-            raise UserError(f"{path}: no such file; a checkpoint folder needs its sentencepiece tokenizer.model")
+            raise UserError(f"{path}: no such file; a checkpoint folder needs its sentencepiece "
+                            f"tokenizer.model")
         try:
             self.pieces = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
-            raise UserError(f"{path}: not a sentencepiece model (LLaMA 3's tiktoken file is not supported)") from None
-        self.vocab_size, self.bos, self.eos = self.pieces.vocab_size(), self.pieces.bos_id(), self.pieces.eos_id()
+            raise UserError(f"{path}: not a sentencepiece model (LLaMA 3's tiktoken file is not "
+                            f"supported)") from None
+        self.vocab_size = self.pieces.vocab_size()
+        self.bos, self.eos = self.pieces.bos_id(), self.pieces.eos_id()
 
     def encode(self, text: str) -> list[int]:
         """No BOS, no EOS: data.py places each once."""
@@ -301,11 +316,13 @@ class Tokenizer:
 
 # ---- checkpoints --------------------------------------------------------------------------------
 
-HF_NAMES = {"model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight",
-            "lm_head.weight": "output.weight", "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
-            "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
-            "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
-            "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+HF_NAMES = {
+    "model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight",
+    "lm_head.weight": "output.weight", "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -316,20 +333,22 @@ def from_hf_name(name: str) -> str:
     return f"{part[1]}.{HF_NAMES[part[2]]}.weight" if part and part[2] in HF_NAMES else name
 
 
-def to_meta_rows(weight: Tensor, heads: int) -> Tensor:
-    """Hugging Face keeps a head's pairs as (first half, second half); Meta as neighbours."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+def reorder(name: str, tensor: Tensor, config: ModelConfig, from_hf: bool) -> Tensor:
+    """The rows of q and k, and of their LoRA's B, as the other format has them: Meta keeps a head's
+    pairs as neighbours, Hugging Face as (first half, second half)."""
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2])
+    if heads is None or name.endswith("lora_A"):
+        return tensor
+    pairs = (heads, 2, -1) if from_hf else (heads, -1, 2)
+    return tensor.unflatten(0, pairs).transpose(1, 2).flatten(0, 2)
 
 
 def to_hf(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Weights, or LoRA's A and B, under Hugging Face's names and with its order of rows in q and k."""
-    names, heads = {ours: theirs for theirs, ours in HF_NAMES.items()}, {"wq": config.n_heads, "wk": config.n_kv_heads}
-    out = {}
+    """Weights, or LoRA's A and B, by Hugging Face's names and with its order of rows in q and k."""
+    names, out = {ours: theirs for theirs, ours in HF_NAMES.items()}, {}
     for name, tensor in tensors.items():
+        tensor = reorder(name, tensor, config, from_hf=False)
         if part := re.fullmatch(r"(layers\.\d+)\.(.+)\.(weight|lora_A|lora_B)", name):
-            n = heads.get(part[2].split(".")[-1])
-            if n and part[3] != "lora_A":                              # the inverse of to_meta_rows
-                tensor = tensor.unflatten(0, (n, -1, 2)).transpose(1, 2).flatten(0, 2)
             name = f"model.{part[1]}.{names[part[2]]}.{part[3]}"
         out[names.get(name, name)] = tensor
     return out
@@ -340,7 +359,8 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]):
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, t in tensors.items():
         start, end = end, end + t.numel() * t.element_size()
-        header[name] = {"dtype": codes[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": codes[t.dtype], "shape": list(t.shape),
+                        "data_offsets": [start, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)                                     # the data begin aligned
     with open(path, "wb") as file:
@@ -350,31 +370,35 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]):
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The format: 8 bytes little-endian header length, a JSON header, the tensors' bytes. All mapped."""
+    """The format: 8 bytes (the header's length), a JSON header, the tensors' bytes. All mapped."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, 100_000_000):
-            raise UserError(f"{path}: the header's length {length} does not fit a file of {size} bytes (truncated?)")
+            raise UserError(f"{path}: the header's length {length} does not fit a file of {size} "
+                            f"bytes (truncated?)")
         try:
             header = json.loads(file.read(length))
             entries = [(name, str(e["dtype"]), [*e["shape"]], *e["data_offsets"])
                        for name, e in header.items() if name != "__metadata__"]
-            if not all(len(e) == 5 and all(type(n) is int for n in e[2] + [*e[3:]]) for e in entries):
+            if not all(len(e) == 5 and {*map(type, [*e[2], *e[3:]])} == {int} for e in entries):
                 raise ValueError("sizes and offsets must be integers")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{path}: the safetensors header is damaged; download the file again") from None
+            raise UserError(f"{path}: its header is damaged; download it again") from None
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
     tensors, end = {}, 0
     for name, dtype, shape, start, stop in sorted(entries, key=lambda e: e[3:]):
         if dtype not in SAFETENSORS_DTYPES:
-            raise UserError(f"{path}: {name:.80} is {dtype:.80}; expected one of {', '.join(SAFETENSORS_DTYPES)}")
+            raise UserError(f"{path}: {name:.80} is {dtype:.80}; expected one of "
+                            f"{', '.join(SAFETENSORS_DTYPES)}")
         width = SAFETENSORS_DTYPES[dtype].itemsize
-        if start != end or min(shape, default=1) < 0 or stop - start != math.prod(shape) * width or stop > len(data):
-            raise UserError(f"{path}: {name:.80} claims bytes {start!s:.20}..{stop!s:.20} for shape {shape!s:.80} in a "
-                            f"file with {len(data)} bytes of data; truncated or damaged, download it again")
+        plausible = start == end and stop <= len(data) and min(shape, default=1) >= 0
+        if not plausible or stop - start != math.prod(shape) * width:
+            raise UserError(f"{path}: {name:.80} claims bytes {start!s:.20}..{stop!s:.20} for "
+                            f"shape {shape!s:.80} in a file with {len(data)} bytes of data; "
+                            f"truncated or damaged, download it again")
         raw = data[start:stop]
-        raw = raw if (8 + length + start) % width == 0 else raw.clone()        # view() needs alignment
+        raw = raw if (8 + length + start) % width == 0 else raw.clone()     # view() needs alignment
         tensors[name], end = raw.view(SAFETENSORS_DTYPES[dtype]).view(shape), stop
     if end != len(data):
         raise UserError(f"{path}: {len(data) - end} bytes behind the last tensor; expected none")
@@ -382,38 +406,38 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_records(path: Path):
-    """A mapped archive is trusted to say itself where a record's bytes begin, unlike one that is read: a damaged
-    length there would shift a tensor. torch.save aligns each record to 64 and lets no more than its 0, 16 or
-    24 bytes of trailer follow."""
+    """A mapped archive is trusted to say itself where a record's bytes begin, unlike one that is
+    read: a damaged length there would shift a tensor. torch.save aligns each record to 64 bytes and
+    lets no more than its 0, 16 or 24 bytes of trailer follow."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         records = sorted(archive.infolist(), key=lambda r: r.header_offset)
-        for record, end in zip(records, [r.header_offset for r in records[1:]] + [archive.start_dir]):
-            file.seek(record.header_offset)
-            header = file.read(30)
-            start = record.header_offset + 30 + sum(int.from_bytes(header[i:i + 2], "little") for i in (26, 28))
-            if start % 64 or end - start - record.file_size not in (0, 16, 24) or record.compress_type:
-                raise ValueError(f"{record.filename} does not lie where torch.save would have put it")
+        ends = [r.header_offset for r in records[1:]] + [archive.start_dir]
+        for record, end in zip(records, ends):
+            file.seek(record.header_offset + 26)
+            lengths = (int.from_bytes(file.read(2), "little") for _ in range(2))    # name, extra
+            start = record.header_offset + 30 + sum(lengths)
+            trailer = end - start - record.file_size
+            if start % 64 or trailer not in (0, 16, 24) or record.compress_type:
+                raise ValueError(f"{record.filename} is not where torch.save would have put it")
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """A .pth or .bin file, mapped where its format allows; weights_only: code in it is never run."""
+    """A .pth or .bin file, mapped where its format allows. weights_only: no code in it is run."""
     try:
-        if zipfile.is_zipfile(path):
+        if mapped := zipfile.is_zipfile(path):
             check_records(path)
-        try:
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            print(f"note: {path.name} is in the old format that cannot be mapped; reading all of it", file=sys.stderr)
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError on a bad file
+        tensors = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
         raise UserError(f"{path}: not a readable checkpoint of plain tensors (truncated?): "
                         f"{(str(error) or repr(error)).splitlines()[0][:120]}") from None
     if not isinstance(tensors, dict) or not all(
-            isinstance(name, str) and isinstance(t, Tensor) and (t.layout, t.device.type) == (torch.strided, "cpu")
-            for name, t in tensors.items()):
-        raise UserError(f"{path}: expected a dict of plain tensors by name, found a {type(tensors).__name__}")
+            isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided
+            and t.device.type == "cpu" for name, t in tensors.items()):
+        raise UserError(f"{path}: expected a dict of plain tensors by name, found a "
+                        f"{type(tensors).__name__}")
+    if not mapped:
+        print(f"note: {path.name} is in the old format that cannot be mapped; it was read whole",
+              file=sys.stderr)
     return tensors
 
 
@@ -427,95 +451,107 @@ def read_saved(path: Path):
 
 def shard_files(folder: Path) -> tuple[list[Path], bool]:
     """The weight files of a folder in order, and whether they are Meta's (else Hugging Face's)."""
-    meta = sorted(folder.glob("consolidated.*.pth"))
-    if meta:
+    if meta := sorted(folder.glob("consolidated.*.pth")):
         wanted = [f"consolidated.{i:02d}.pth" for i in range(len(meta))]
         if [p.name for p in meta] != wanted:
-            raise UserError(f"{folder}: expected shards {wanted[0]}..{wanted[-1]}, found {', '.join(p.name for p in meta)}")
+            raise UserError(f"{folder}: expected shards {wanted[0]}..{wanted[-1]}, found "
+                            f"{', '.join(p.name for p in meta)}")
         return meta, True
     for index, pattern in (("model.safetensors.index.json", "*.safetensors"),
                            ("pytorch_model.bin.index.json", "pytorch_model*.bin")):
         if (folder / index).is_file():
-            try:
-                names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{folder / index}: expected a JSON object with a weight_map") from None
-            for name in names:
-                if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-                    raise UserError(f"{folder / index}: names {name!r}, which is not a file of this folder")
-            return [folder / name for name in names], False
+            return indexed_files(folder / index), False
         if found := sorted(folder.glob(pattern)):
             return found, False
-    raise UserError(f"--ckpt {folder}: found no consolidated.00.pth, *.safetensors or pytorch_model*.bin")
+    raise UserError(f"--ckpt {folder}: found no consolidated.00.pth, *.safetensors or "
+                    f"pytorch_model*.bin")
 
 
-def split_dim(name: str) -> int | None:
-    """The dimension over which Meta's model-parallel shards split a tensor; None: each has it whole."""
-    if name.endswith("norm.weight"):
-        return None
-    return 1 if name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight")) else 0
+def indexed_files(index: Path) -> list[Path]:
+    """The files that Hugging Face's index names; each must be one of its own folder."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: expected a JSON object with a weight_map") from None
+    for name in names:
+        plain = isinstance(name, str) and Path(name).name == name
+        if not plain or not (index.parent / name).is_file():
+            raise UserError(f"{index}: names {name!r}, which is not a file of this folder")
+    return [index.parent / name for name in names]
+
+
+def part_of(path: Path, name: str, shape: tuple, shard: int, parts: int) -> tuple[list, tuple]:
+    """(shape, place in the whole tensor) of what one of Meta's model-parallel shards has of it:
+    columns of wo, w2 and the embedding, rows of the other matrices, all of a norm."""
+    if parts == 1 or name.endswith("norm.weight"):
+        return list(shape), (slice(None),)
+    dim = 1 if name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight")) else 0
+    size, rest = divmod(shape[dim], parts)
+    if rest:
+        raise UserError(f"{path}: {name} of shape {list(shape)} does not split into {parts} shards")
+    where = (slice(None),) * dim + (slice(shard * size, (shard + 1) * size),)
+    return [size if i == dim else n for i, n in enumerate(shape)], where
 
 
 @torch.no_grad()
-def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float32, device="cpu") -> LM:
+def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float32,
+                 device="cpu") -> LM:
     """An LM from a folder's weights, frozen; only `layer_ids` (default: all) are read.
 
-    Strict: every tensor of the architecture once, in its shape, and nothing else; UserError otherwise.
-    `dtype` None: as stored.
-    One shard is mapped at a time, and copied tensor by tensor.
+    Strict: every tensor of the architecture once, in its shape, and nothing else; else UserError.
+    `dtype` None: as stored. One shard is mapped at a time, and copied tensor by tensor.
     """
     folder = Path(folder)
     files, is_meta = shard_files(folder)
+    parts = len(files) if is_meta else 1
     with torch.device("meta"):
         lm = LM.empty(config, layer_ids).requires_grad_(False)
         shapes = {name: tuple(p.shape) for name, p in LM.empty(config).state_dict().items()}
-    wanted, parts = set(lm.state_dict()), len(files) if is_meta else 1
     if config.tied:
-        del shapes["output.weight"]                      # some files carry a copy of it all the same
-        wanted.remove("output.weight")
-    state, seen = {}, {}
+        del shapes["output.weight"]
+    state, seen, wanted = {}, Counter(), shapes.keys() & lm.state_dict().keys()
     for shard, path in enumerate(files):
         tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
         for key, tensor in tensors.items():
             name = key if is_meta else from_hf_name(key)
-            if name == "rope.freqs" or name.endswith("rotary_emb.inv_freq") or name == "output.weight" and config.tied:
+            if name == "rope.freqs" or name.endswith("rotary_emb.inv_freq"):
+                continue
+            if name == "output.weight" and config.tied:         # some files carry a copy of it
                 continue
             if name not in shapes:
-                raise UserError(f"{path}: surplus tensor {key}, which a LLaMA of {config.n_layers} layers does not have")
-            dim = split_dim(name) if parts > 1 else None
-            if dim is not None and shapes[name][dim] % parts:
-                raise UserError(f"{path}: {key} of shape {list(shapes[name])} does not split into {parts} shards")
-            shape = [n // parts if i == dim else n for i, n in enumerate(shapes[name])]
-            if list(tensor.shape) != shape or tensor.dtype not in SAFETENSORS_DTYPES.values():
-                raise UserError(f"{path}: {key} is {tensor.dtype} {list(tensor.shape)}, expected floats of shape {shape}")
-            seen[name] = seen.get(name, 0) + 1
-            if seen[name] > (parts if is_meta else 1):
-                raise UserError(f"{path}: {key} stands in two files; remove one of the two sets of weights")
-            if name not in wanted:
-                continue
-            if not is_meta and name.endswith(("wq.weight", "wk.weight")):
-                tensor = to_meta_rows(tensor, config.n_heads if name.endswith("wq.weight") else config.n_kv_heads)
-            if name not in state:
-                state[name] = torch.empty(shapes[name], dtype=dtype or tensor.dtype, device=device)
-            here = state[name] if dim is None else state[name].narrow(dim, shard * shape[dim], shape[dim])
-            here.copy_(tensor)
-        tensors = tensor = None                          # unmaps this shard before the next is opened
-    missing = [name for name in shapes if seen.get(name, 0) != parts]
-    if missing:
+                raise UserError(f"{path}: surplus tensor {key}, which a LLaMA of {config.n_layers} "
+                                f"layers does not have")
+            shape, where = part_of(path, name, shapes[name], shard, parts)
+            is_float = tensor.dtype in SAFETENSORS_DTYPES.values()
+            if list(tensor.shape) != shape or not is_float:
+                raise UserError(f"{path}: {key} is {tensor.dtype} {list(tensor.shape)}, expected "
+                                f"floats of shape {shape}")
+            seen[name] += 1
+            if seen[name] > parts:
+                raise UserError(f"{path}: {key} stands in two files; remove one of the two sets of "
+                                f"weights")
+            if name in wanted:
+                if name not in state:
+                    kind = dtype or tensor.dtype
+                    state[name] = torch.empty(shapes[name], dtype=kind, device=device)
+                tensor = tensor if is_meta else reorder(name, tensor, config, from_hf=True)
+                state[name][where].copy_(tensor)
+        tensors = tensor = None                         # unmaps this shard before the next
+    if missing := [name for name in shapes if seen[name] != parts]:
         raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
     if config.tied:
         state["output.weight"] = state["tok_embeddings.weight"]
     lm.load_state_dict(state, assign=True)
     if config.tied:
-        lm.output.weight = lm.tok_embeddings.weight      # one parameter again: shipped once
+        lm.output.weight = lm.tok_embeddings.weight     # one parameter again: shipped once
     return lm.requires_grad_(False)
 
 
 def load_tokenizer(folder, config: ModelConfig) -> Tokenizer:
     tokenizer = Tokenizer(Path(folder) / "tokenizer.model")
     if config.vocab_size not in (-1, tokenizer.vocab_size):
-        raise UserError(f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, "
-                        f"the model's vocab_size is {config.vocab_size}; they do not belong together")
+        raise UserError(f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, the model's "
+                        f"vocab_size is {config.vocab_size}; they do not belong together")
     return tokenizer
 
 
@@ -524,23 +560,24 @@ def load(folder, layer_ids=None, dtype=torch.float32, device="cpu") -> tuple[LM,
     config = ModelConfig.read(folder)
     tokenizer = load_tokenizer(folder, config)
     if config.vocab_size == -1:
-        config = ModelConfig(**{**vars(config), "vocab_size": tokenizer.vocab_size})
+        config = replace(config, vocab_size=tokenizer.vocab_size)
     return load_weights(folder, config, layer_ids, dtype, device), tokenizer
 
 
-def write_checkpoint(folder: Path, state: dict[str, Tensor], config: ModelConfig, source: Path, form: str):
-    """Weights by Meta's names as a checkpoint folder, `form` meta or hf, with the tokenizer of `source`."""
+def write_checkpoint(folder: Path, state: dict[str, Tensor], config: ModelConfig, source: Path,
+                     form: str):
+    """Weights by Meta's names as a folder of `form` meta or hf, with the tokenizer of `source`."""
     if form == "meta":
         torch.save({name: t.cpu() for name, t in state.items()}, folder / "consolidated.00.pth")
         (folder / "params.json").write_text(json.dumps(config.to_params(), indent=1))
     else:
-        tokens = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-                  "add_bos_token": True, "legacy": False}
+        tokens = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+                  "unk_token": "<unk>", "add_bos_token": True, "legacy": False}
         (folder / "tokenizer_config.json").write_text(json.dumps(tokens, indent=1))
         dtype = {"torch_dtype": str(state["norm.weight"].dtype).removeprefix("torch.")}
         (folder / "config.json").write_text(json.dumps(config.to_hf() | dtype, indent=1))
-        write_safetensors(folder / "model.safetensors", to_hf(
-            {name: t for name, t in state.items() if not (config.tied and name == "output.weight")}, config))
+        own = {name: t for name, t in state.items() if name != "output.weight" or not config.tied}
+        write_safetensors(folder / "model.safetensors", to_hf(own, config))
     for path in source.glob("tokenizer*" if form == "hf" else "tokenizer.model"):
         shutil.copyfile(path, folder / path.name)
 
@@ -548,7 +585,7 @@ def write_checkpoint(folder: Path, state: dict[str, Tensor], config: ModelConfig
 # ---- generation ---------------------------------------------------------------------------------
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator) -> Tensor:
-    """Next tokens (B,) from logits (B, V): the best one, or drawn within the top k and the top p."""
+    """Next tokens (B,) from logits (B, V): the best, or drawn within the top k and the top p."""
     if temperature == 0:
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)
@@ -556,24 +593,24 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     if top_k:
         p[:, top_k:] = 0
     beyond = p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)
-    p[:, 1:][beyond[:, 1:]] = 0                                         # the first piece always stays
+    p[:, 1:][beyond[:, 1:]] = 0                                     # the first piece always stays
     return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
-def generate_batch(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos: int, stop: int, pick) -> list[list[int]]:
+def generate_batch(lm: LM, prompts, max_new_tokens: int, eos: int, stop: int, pick):
     """One batch of `generate`. Finished rows leave the batch once they are a quarter of it."""
     device = lm.tok_embeddings.weight.device
     longest = max(map(len, prompts))
     caches = lm.caches(len(prompts), longest + max_new_tokens)
-    tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)    # (B, T)
-    slots = torch.tensor([len(p) for p in prompts], device=device)      # where a row's next token goes
+    tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)  # (B, T)
+    slots = torch.tensor([len(p) for p in prompts], device=device)  # where a row's next token goes
     rows = torch.arange(len(prompts), device=device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     output = torch.full((len(prompts), max_new_tokens), eos, device=device)
-    x = lm.hidden(tokens, caches, rows=rows * longest + slots - 1)      # (B, D): the head on one position only
-    look_every = 1 if device.type == "cpu" else 16                      # reading `done` stalls a GPU
+    x = lm.hidden(tokens, caches, rows=rows * longest + slots - 1)  # (B, D): each prompt's last
+    look_every = 1 if device.type == "cpu" else 16                  # reading `done` stalls a GPU
     for step in range(max_new_tokens):
-        token = pick(lm.output(x)).masked_fill(done, eos)               # (B,)
+        token = pick(lm.output(x)).masked_fill(done, eos)           # (B,)
         output[rows, step] = token
         done = done | (token == eos) | (token == stop)
         if step % look_every == 0 and (finished := int(done.sum())) * 4 >= len(rows):
@@ -584,20 +621,21 @@ def generate_batch(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos: i
             for cache in caches:
                 cache.keep(keep)
         if step + 1 < max_new_tokens:
-            mask = torch.arange(longest + step + 1, device=device) <= slots[:, None]         # (B, S)
+            mask = torch.arange(longest + step + 1, device=device) <= slots[:, None]    # (B, S)
             x = lm.hidden(token[:, None], caches, slots, mask[:, None, None])[:, 0]
             slots = slots + 1
     return [ids[:ids.index(eos)] if eos in ids else ids for ids in output.tolist()]
 
 
 @torch.inference_mode()
-def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos: int, batch_size: int = 64, temperature=0.0,
-             top_k=0, top_p=1.0, generator=None, stop: int | None = None, progress: str | None = None) -> list[list[int]]:
+def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos: int, batch_size=64,
+             temperature=0.0, top_k=0, top_p=1.0, generator=None, stop: int | None = None,
+             progress: str | None = None) -> list[list[int]]:
     """New token ids of each prompt, without EOS, in the prompts' order.
 
     Greedy at temperature 0, else sampled with `generator` (on the model's device). Prompts are
-    sorted by length so that a batch wastes little padding; a text also ends behind the piece `stop`;
-    `progress` names a progress bar.
+    sorted by length so that a batch wastes little padding; a text also ends behind the piece
+    `stop`; `progress` names a progress bar.
     """
     assert all(prompts), "generate: an empty prompt; begin with BOS"
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -605,7 +643,8 @@ def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos: int, ba
     bar = tqdm(total=len(prompts), desc=progress, disable=None if progress else True, leave=False)
     for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
-        texts = generate_batch(lm, [prompts[i] for i in batch], max_new_tokens, eos, eos if stop is None else stop,
+        texts = generate_batch(lm, [prompts[i] for i in batch], max_new_tokens, eos,
+                               eos if stop is None else stop,
                                lambda z: choose(z, temperature, top_k, top_p, generator))
         for i, text in zip(batch, texts):
             outputs[i] = text

@@ -937,7 +937,7 @@ def test_missing_files_are_fetched_once_checked_and_renamed():
             with patch.dict(data.SOURCES, {name: (url, check)}), folder() as target, contextlib.redirect_stderr(io.StringIO()):
                 assert data.find_file(target, name).read_bytes() == content
                 assert [p.name for p in (target / "gsm8k").iterdir()] == ["train.jsonl"]
-        for check, word in (("0" * 64, "sha256"), (7, "7 rows")):
+        for check, word in (("0" * 64, "sha256"), (7, "rows: 7")):
             with patch.dict(data.SOURCES, {name: (url, check)}), folder() as target:
                 refused(lambda: data.find_file(target, name), word, url)
                 assert list((target / "gsm8k").iterdir()) == []

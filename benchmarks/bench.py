@@ -32,7 +32,7 @@ import peers  # noqa: E402
 from data import Example, Shard, collate, prompt_of, read_gsm8k  # noqa: E402
 from fedbiot import Client, Config, Server, generator, layer_extract, weights_of  # noqa: E402
 from measuring import distance, fresh, peak_growth, status, table, timed  # noqa: E402
-from model import LM, ModelConfig, generate, load, load_weights, split_dim  # noqa: E402
+from model import LM, ModelConfig, generate, load, load_weights, part_of  # noqa: E402
 
 SHAPES = {"tiny": ModelConfig(128, 12, 4, 2, 1024, 352),            # like the bundled model
           "small": ModelConfig(512, 32, 4, 4, 4000, 1376),          # LLaMA-2-7B at an eighth
@@ -290,7 +290,7 @@ def write_shards(folder: Path, config: ModelConfig):
     for shard in range(2):
         state = {}
         for name, shape in shapes.items():
-            size = [n // 2 if i == split_dim(name) else n for i, n in enumerate(shape)]
+            size, _ = part_of(folder, name, shape, shard, parts=2)
             n = math.prod(size)
             state[name] = block.repeat(-(-n // len(block)))[:n].clone().view(size)
         torch.save(state, folder / f"consolidated.{shard:02d}.pth")
