@@ -220,7 +220,7 @@ def parse_args(argv=None):
     add("--unsafe-no-sandbox", action="store_true",
         help="with --run-code: where no sandbox works, run them without one")
     add("--save-predictions", help="keep the samples in this file, as --predictions reads it")
-    add("--export", help="write the model (--run's or --ckpt's) to this new folder, for other tools")
+    add("--export", help="write the model (--run's or --ckpt's) to this new folder for other tools")
     add("--format", choices=("hf", "meta", "peft"), default="hf",
         help="merged weights, or LoRA alone (default hf)")
     add("--batch-size", type=int, default=64, help="sequences generated at a time")

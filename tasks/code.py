@@ -29,38 +29,49 @@ TOOLS = {"python": ("python3",), "cpp": ("g++",), "go": ("go",), "java": ("javac
 SOURCES = {"python": "main.py", "cpp": "main.cpp", "go": "main_test.go", "java": "Main.java"}
 RUN_SECONDS, COMPILE_SECONDS = 15, 90
 JVM = "-Xmx512m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -XX:-UsePerfData"
-# The source is gone before its program starts, so that this cannot read its tests or their last word.
-DRIVER = ("import os; exec(compile([open('main.py').read(), os.remove('main.py')][0], 'main.py', 'exec'), "
-          "dict(__name__='__main__'))")
+# The source is gone before its program starts: it cannot read its tests or their last word.
+DRIVER = ("import os; exec(compile([open('main.py').read(), os.remove('main.py')][0], 'main.py', "
+          "'exec'), dict(__name__='__main__'))")
 COMPILE = {
     "python": "",
     # Two problems include boost/any.hpp; where it is not installed, C++17's own class stands in.
     "cpp": "set -- -std=c++11; grep -q '<openssl/' main.cpp && set -- -std=c++11 -lcrypto; "
-           "if grep -q '<boost/any.hpp>' main.cpp && [ ! -e /usr/include/boost/any.hpp ]; then mkdir boost; set -- -std=c++17 -I.; "
-           "echo '#include <any>' > boost/any.hpp; echo 'namespace boost { using namespace std; }' >> boost/any.hpp; fi; "
+           "if grep -q '<boost/any.hpp>' main.cpp && [ ! -e /usr/include/boost/any.hpp ]; then "
+           "mkdir boost; set -- -std=c++17 -I.; echo '#include <any>' > boost/any.hpp; "
+           "echo 'namespace boost { using namespace std; }' >> boost/any.hpp; fi; "
            'g++ -w -o main main.cpp "$@" && rm main.cpp || exit 99; ',
-    "go": "go test -c -vet=off -gcflags=-lang=go1.18 -ldflags=-s -o main main_test.go && rm main_test.go || exit 99; ",
-    "java": f"javac -J{JVM.replace(' ', ' -J')} -nowarn -proc:none Main.java && rm Main.java || exit 99; "}
-RUN = {"python": f"{shlex.quote(sys.executable)} -I -B -c {shlex.quote(DRIVER)}", "cpp": "./main", "go": "./main",
-       "java": f"java {JVM} -cp . Main"}
-# In a PID namespace /proc shows its own processes alone: there must be no more after the program than before.
-ALONE = "set -- /proc/[0-9]*; n=$#; {}; s=$?; set -- /proc/[0-9]*; [ $s -ne 0 ] || [ $# -le $n ] || exit 98; exit $s"
-ENDS = {"exit status 99": "not compiled", "exit status 98": "left a process behind", "exit status 137": "killed or out of time"}
+    "go": "go test -c -vet=off -gcflags=-lang=go1.18 -ldflags=-s -o main main_test.go && "
+          "rm main_test.go || exit 99; ",
+    "java": f"javac -J{JVM.replace(' ', ' -J')} -nowarn -proc:none Main.java && rm Main.java || "
+            "exit 99; "}
+RUN = {"python": f"{shlex.quote(sys.executable)} -I -B -c {shlex.quote(DRIVER)}", "cpp": "./main",
+       "go": "./main", "java": f"java {JVM} -cp . Main"}
+# In a PID namespace /proc shows its own processes alone: after the program no more than before.
+ALONE = ("set -- /proc/[0-9]*; n=$#; {}; s=$?; set -- /proc/[0-9]*; "
+         "[ $s -ne 0 ] || [ $# -le $n ] || exit 98; exit $s")
+ENDS = {"exit status 99": "not compiled", "exit status 98": "left a process behind",
+        "exit status 137": "killed or out of time"}
 # What CodeGeeX's evaluation imports in front of a program.
-PYTHON_HEAD = "".join(f"import {name}\n" for name in "math re sys copy datetime itertools collections heapq statistics "
-                      "functools hashlib string".split()) + "from typing import *\nfrom collections import *\n"
+PYTHON_IMPORTS = ("math re sys copy datetime itertools collections heapq statistics functools "
+                  "hashlib string").split()
+PYTHON_HEAD = ("".join(f"import {name}\n" for name in PYTHON_IMPORTS)
+               + "from typing import *\nfrom collections import *\n")
 CPP_HEADERS = "stdlib.h algorithm math.h stdio.h vector string climits cstring iostream".split()
 GO_PACKAGES = "math strings fmt strconv time bytes regexp sort math/rand crypto/md5".split()
 # What the tests say last, and before how many of their closing braces.
-LAST_WORD = {"python": (0, "\n__import__('os').write(1, b'{}')\n"), "cpp": (1, '\n__builtin_puts("{}");\n'),
-             "go": (1, '\nif !t.Failed() {{ println("{}") }}\n'), "java": (2, '\nSystem.out.println("{}");\n')}
+LAST_WORD = {"python": (0, "\n__import__('os').write(1, b'{}')\n"),
+             "cpp": (1, '\n__builtin_puts("{}");\n'),
+             "go": (1, '\nif !t.Failed() {{ println("{}") }}\n'),
+             "java": (2, '\nSystem.out.println("{}");\n')}
 STRING = r'"(?:\\.|[^"\\\n])*"|' r"'(?:\\.|[^'\\\n])*'"
 BRACES = re.compile(r'//[^\n]*|/\*.*?\*/|R"(\w*)\(.*?\)\1"|""".*?"""|`[^`]*`|[{}]|' + STRING, re.S)
-MARGIN = re.compile(r'"""(?:\\.|[^\\])*?"""|' r"'''(?:\\.|[^\\])*?'''|#[^\n]*|^(?=[^\s#)\]}])|" + STRING, re.M)
+MARGIN = re.compile(r'"""(?:\\.|[^\\])*?"""|' r"'''(?:\\.|[^\\])*?'''|#[^\n]*|"
+                    r"^(?=[^\s#)\]}])|" + STRING, re.M)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k) (paper, section 5)."""
+    """The chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k)
+    (paper, section 5)."""
     assert 0 <= c <= n and 1 <= k <= n, (n, c, k)
     return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
 
@@ -75,12 +86,12 @@ def brace_ends(text: str, depth: int, wanted: int) -> list[int]:
 
 
 def truncate_completion(text: str, lang: str) -> str:
-    """The text up to the function's end (Java: its class's), with Go's helpers right behind it. What does not end is
-    returned whole: closing its braces would make another program of it."""
-    if lang == "python":                            # a comment or a string at the margin ends nothing
+    """The text up to the function's end (Java: its class's), with Go's helpers right behind it.
+    What does not end is returned whole: closing its braces would make another program of it."""
+    if lang == "python":                        # a comment or a string at the margin ends nothing
         return text[:next((match.start() for match in MARGIN.finditer(text) if not match[0]), None)]
     ends = brace_ends(text, 2 if lang == "java" else 1, 0)
-    if lang == "java" and not ends:                 # whole methods, but the prompt's class is left open
+    if lang == "java" and not ends:             # whole methods, but the prompt's class is open
         methods = brace_ends(text, 2, 1)
         return text[:methods[-1]] + "\n}\n" if methods else text
     while lang == "go" and ends:
@@ -99,12 +110,13 @@ def program_of(row: dict, lang: str, body: str) -> str:
         return PYTHON_HEAD + text
     if lang == "cpp":
         head = "".join(f"#include<{name}>\n" for name in CPP_HEADERS if name not in row["prompt"])
-        # DIFFERS: CPP/23 defines strlen(string), but its tests' strlen("x") is the C library's, so any body would pass.
+        # DIFFERS: CPP/23 defines strlen(string), but its tests' strlen("x") is the C library's, so
+        # any body would pass.
         test = re.sub(r'\bstrlen\((".*?")\)', r'strlen(string(\1))', row["test"])
         return f"{head}{row['prompt']}{body}\n#undef NDEBUG\n#include<assert.h>\n{test}"
     if lang == "go":
-        # DIFFERS: imports those packages that are used. The official list is the canonical solution's, and since Go
-        # refuses an unused import, it fails right programs that need fewer.
+        # DIFFERS: imports those packages that are used. The official list is the canonical
+        # solution's, and since Go refuses an unused import, it fails programs that need fewer.
         text = text.replace(row["import"], "", 1)
         known = re.findall(r'"([^"\n]+)"', row["test_setup"] + row["import"]) + GO_PACKAGES
         code = re.sub(r"//[^\n]*", "", text)
@@ -114,11 +126,11 @@ def program_of(row: dict, lang: str, body: str) -> str:
 
 
 def judge(row: dict, lang: str, body: str, box: Box, seconds: float = RUN_SECONDS) -> str:
-    """"passed", or why not. Exit status 0 proves nothing, since a program may leave before its tests: the tests' last
-    statement must have said a word that did not exist when the program was written.
+    """"passed", or why not. Exit status 0 proves nothing, since a program may leave before its
+    tests: their last statement must have said a word that did not exist when it was written.
 
-    Not stopped, here as in the official evaluation: a program that searches its own memory for that word, or returns
-    an object that equals everything.
+    Not stopped, here as in the official evaluation: a program that searches its own memory for
+    that word, or returns an object that equals everything.
     """
     word, program = secrets.token_hex(16), program_of(row, lang, body)
     braces, statement = LAST_WORD[lang]
@@ -128,7 +140,8 @@ def judge(row: dict, lang: str, body: str, box: Box, seconds: float = RUN_SECOND
     program = program[:at] + statement.format(word) + program[at:]
     run = f"timeout -s KILL {seconds} {RUN[lang]}"
     script = COMPILE[lang] + (run if box.kind == "none" else ALONE.format(run))
-    why, output = run_sandboxed(["sh", "-c", script], {SOURCES[lang]: program}, box, seconds + (COMPILE_SECONDS if COMPILE[lang] else 5),
+    seconds += COMPILE_SECONDS if COMPILE[lang] else 5
+    why, output = run_sandboxed(["sh", "-c", script], {SOURCES[lang]: program}, box, seconds,
                                 address_mb=12288 if lang in ("go", "java") else 2048)
     if not why:
         return "passed" if word in output else "left before the end of its tests"
@@ -140,15 +153,21 @@ def toolchain(lang: str, rows: list[dict], data_dir, kind: str, folder: Path) ->
     found = [shutil.which(tool) for tool in TOOLS[lang]]
     if None in found:
         return f"no {TOOLS[lang][found.index(None)]} on PATH"
-    found = [sys.executable] if lang == "python" else [p if p.startswith("/usr/") else os.path.realpath(p) for p in found]
-    shown = {sys.prefix, sys.base_prefix} if lang == "python" else {str(Path(os.path.realpath(p)).parents[1]) for p in found}
-    shown = {p for p in shown if not f"{p}/".startswith("/usr/")} | {str(p) for p in Path("/etc").glob("java*") if lang == "java"}
+    if lang == "python":
+        found, shown = [sys.executable], {sys.prefix, sys.base_prefix}
+    else:
+        found = [p if p.startswith("/usr/") else os.path.realpath(p) for p in found]
+        shown = {str(Path(os.path.realpath(p)).parents[1]) for p in found}
+    shown = {p for p in shown if not f"{p}/".startswith("/usr/")}
+    shown |= {str(p) for p in Path("/etc").glob("java*") if lang == "java"}
     if any(Path.home().is_relative_to(p) for p in shown):
         return f"{found[0]} cannot be shown to a program without the home folder"
-    env = {"PATH": ":".join([*dict.fromkeys(os.path.dirname(p) for p in found), SYSTEM_PATH]), "OPENBLAS_NUM_THREADS": "1"}
+    path = ":".join([*dict.fromkeys(os.path.dirname(p) for p in found), SYSTEM_PATH])
+    env = {"PATH": path, "OPENBLAS_NUM_THREADS": "1"}
     if lang == "go":
-        env |= {"GO111MODULE": "off", "GOPATH": str(folder / "path"), "GOCACHE": str(folder / "cache"), "GOMAXPROCS": "2",
-                "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOMEMLIMIT": "800MiB", "HOME": str(folder)}
+        env |= {"GO111MODULE": "off", "GOPATH": str(folder / "path"), "GOFLAGS": "",
+                "GOCACHE": str(folder / "cache"), "GOMAXPROCS": "2", "CGO_ENABLED": "0",
+                "GOTOOLCHAIN": "local", "GOMEMLIMIT": "800MiB", "HOME": str(folder)}
         if why := prepare_go(rows, data_dir, folder, env):
             return why
         shown |= {env["GOPATH"], env["GOCACHE"]}
@@ -157,8 +176,10 @@ def toolchain(lang: str, rows: list[dict], data_dir, kind: str, folder: Path) ->
 
 
 def prepare_go(rows: list[dict], data_dir, folder: Path, env: dict) -> str:
-    """Compiles once what all tests import, to share (then 0.4 s a program, not many); "" or what is missing."""
-    packages = sorted({p for row in rows for p in re.findall(r'"([^"\n]+)"', row["test_setup"])} | set(GO_PACKAGES))
+    """Compiles once what all tests import, to share (then 0.4 s a program, not many); "" or what is
+    missing."""
+    named = {p for row in rows for p in re.findall(r'"([^"\n]+)"', row["test_setup"])}
+    packages = sorted(named | set(GO_PACKAGES))
     (folder / "path").mkdir(), (folder / "cache").mkdir()
     if any("." in p for p in packages):
         try:
@@ -168,20 +189,26 @@ def prepare_go(rows: list[dict], data_dir, folder: Path, env: dict) -> str:
         try:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
-            (folder / "vendor").rename(folder / "path" / "src")       # GOPATH's word for what a module calls vendor
+            (folder / "vendor").rename(folder / "path" / "src")     # GOPATH's name for vendor
         except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-            raise UserError(f"{archive}: expected the tests' Go modules as a .tar.gz ({error}); download it again") from None
-    (folder / "main_test.go").write_text("package main\n" + "".join(f'import _ "{p}"\n' for p in packages))
-    done = subprocess.run(["go", "test", "-c", "-vet=off", "-o", "none", "main_test.go"], cwd=folder, env=env, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            raise UserError(f"{archive}: expected the tests' Go modules as a .tar.gz ({error}); "
+                            f"download it again") from None
+    imports = "".join(f'import _ "{p}"\n' for p in packages)
+    (folder / "main_test.go").write_text("package main\n" + imports)
+    build = ["go", "test", "-c", "-vet=off", "-o", "none", "main_test.go"]
+    done = subprocess.run(build, cwd=folder, env=env, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
     subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
-    return f"go cannot build the tests' imports: {done.stdout.strip()[-200:]}" if done.returncode else ""
+    if done.returncode:
+        return f"go cannot build the tests' imports: {done.stdout.strip()[-200:]}"
+    return ""
 
 
 def read_problems(data_dir, lang: str) -> dict[str, dict]:
     path = find_file(data_dir, f"humaneval_x/{lang}/humaneval_{lang}.jsonl.gz")
     rows = read_rows(path)
-    fields(rows, path, ("task_id", "prompt", "canonical_solution", "test") + ("import", "test_setup") * (lang == "go"))
+    names = ("task_id", "prompt", "canonical_solution", "test")
+    fields(rows, path, names + ("import", "test_setup") * (lang == "go"))
     return {row["task_id"]: row for row in rows}
 
 
@@ -205,23 +232,29 @@ class Sample(NamedTuple):
 
 
 def read_samples(path, data_dir) -> list[Sample]:
-    """A file of {"task_id": "Python/0", "generation": the text after the prompt}; a problem's rows are its samples."""
-    pairs, problems, samples = fields(read_rows(Path(path)), path, ("task_id", "generation")), {}, []
+    """A file of {"task_id": "Python/0", "generation": the text after the prompt}; a problem's rows
+    are its samples."""
+    pairs = fields(read_rows(Path(path)), path, ("task_id", "generation"))
+    problems, samples = {}, []
     for i, (task_id, generation) in enumerate(pairs, 1):
         lang = LANGS.get(task_id.split("/")[0])
         if not lang:
-            raise UserError(f"{path}, row {i}: expected a task_id of {', '.join(LANGS)}, as Python/0, found {task_id!r}")
+            raise UserError(f"{path}, row {i}: expected a task_id of {', '.join(LANGS)}, as "
+                            f"Python/0, found {task_id!r}")
         problems[lang] = problems.get(lang) or read_problems(data_dir, lang)
         if task_id not in problems[lang]:
-            raise UserError(f"{path}, row {i}: no problem {task_id!r} in humaneval_x/{lang} of {data_dir}; see --data-dir")
+            raise UserError(f"{path}, row {i}: no problem {task_id!r} in humaneval_x/{lang} of "
+                            f"{data_dir}; see --data-dir")
         row, body = problems[lang][task_id], truncate_completion(generation, lang)
         text = f"{task_id}\n{program_of(row, lang, body)}"
-        samples.append(Sample(hashlib.sha256(text.encode(errors="replace")).hexdigest(), lang, row, body))
+        key = hashlib.sha256(text.encode(errors="replace")).hexdigest()
+        samples.append(Sample(key, lang, row, body))
     return samples
 
 
 def score_code(predictions, data_dir, k: int = 0, workers: int = 0, unsafe: bool = False) -> dict:
-    """Runs every sample: {language: {"problems", "passed" (by any sample), "samples", "pass@1", …} or {"not run": why}}.
+    """Runs every sample: {language: {"problems", "passed" (by any sample), "samples", "pass@1" …}
+    or {"not run": why}}.
 
     Verdicts go to PREDICTIONS.results.jsonl as they come, and a stopped scoring goes on from there.
     """
@@ -229,7 +262,8 @@ def score_code(predictions, data_dir, k: int = 0, workers: int = 0, unsafe: bool
     counts = Counter(sample.row["task_id"] for sample in samples)
     for task_id, n in counts.items():
         if n < k:
-            raise UserError(f"--k {k}: expected that many samples of each problem, {task_id} has {n}; choose 1..{n}")
+            raise UserError(f"--k {k}: expected that many samples of each problem, {task_id} has "
+                            f"{n}; choose 1..{n}")
     verdicts = read_verdicts(results)
     todo, missing = {s.key: s for s in samples if s.key not in verdicts}, {}
     kind = make_box(unsafe).kind if todo else ""
@@ -242,19 +276,22 @@ def score_code(predictions, data_dir, k: int = 0, workers: int = 0, unsafe: bool
         todo = [s for s in todo.values() if s.lang in boxes]
         for sample, verdict in run_samples(todo, boxes, workers):
             verdicts[sample.key] = verdict
-            append(results, {"task_id": sample.row["task_id"], "verdict": verdict, "key": sample.key})
+            append(results, {"task_id": sample.row["task_id"], "verdict": verdict,
+                             "key": sample.key})
     return {lang: {"not run": missing[lang]} if lang in missing else
             summarize([s for s in samples if s.lang == lang], verdicts, k)
             for lang in dict.fromkeys(s.lang for s in samples)}
 
 
 def working_box(lang: str, rows: list[dict], data_dir, kind: str, folder: Path) -> Box | str:
-    """The toolchain's box, seen to work: a machine without it, or without libcrypto, must not score 0."""
+    """The toolchain's box, seen to work: a machine without it, or libcrypto, must not score 0."""
     box = toolchain(lang, rows, data_dir, kind, folder)
     for row in rows[:1] + [row for row in rows[1:] if "<openssl/" in row["prompt"]]:
-        verdict = judge(row, lang, row["canonical_solution"], box) if isinstance(box, Box) else "passed"
-        if verdict != "passed":
-            return f"{row['task_id']}'s own solution does not pass here ({verdict}); is the toolchain complete?"
+        if not isinstance(box, Box):
+            return box
+        if (verdict := judge(row, lang, row["canonical_solution"], box)) != "passed":
+            return (f"{row['task_id']}'s own solution does not pass here ({verdict}); is the "
+                    f"toolchain complete?")
     return box
 
 
@@ -263,7 +300,8 @@ def run_samples(samples: list[Sample], boxes: dict, workers: int):
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         try:
             jobs = {pool.submit(judge, s.row, s.lang, s.body, boxes[s.lang]): s for s in samples}
-            for job in tqdm(as_completed(jobs), "run programs", len(jobs), disable=None, leave=False):
+            done = as_completed(jobs)
+            for job in tqdm(done, "run programs", len(jobs), disable=None, leave=False):
                 yield jobs[job], job.result()
         finally:                                    # Ctrl-C: do not start the rest
             pool.shutdown(wait=False, cancel_futures=True)
@@ -288,13 +326,17 @@ def summarize(samples: list[Sample], verdicts: dict, k: int) -> dict:
 
 
 def sample_code(lm: LM, tokenizer, opts, progress: str) -> list[dict]:
-    """Rows of predictions: `samples` continuations of each problem's prompt, the first `limit` problems of a language."""
-    problems = [row for lang in LANGS.values() for row in list(read_problems(opts.data_dir, lang).values())[:opts.limit or None]]
-    ids = [[tokenizer.bos] + tokenizer.encode(row["prompt"]) for row in problems for _ in range(opts.samples)]
+    """Rows of predictions: `samples` continuations of each problem's prompt, the first `limit`
+    problems of a language."""
+    problems = []
+    for lang in LANGS.values():
+        problems += list(read_problems(opts.data_dir, lang).values())[:opts.limit or None]
+    ids = [[tokenizer.bos] + tokenizer.encode(row["prompt"])
+           for row in problems for _ in range(opts.samples)]
     heat = (0.0 if opts.samples == 1 else 0.1) if opts.temperature is None else opts.temperature
     rng = torch.Generator(lm.tok_embeddings.weight.device).manual_seed(opts.seed)
-    texts = generate(lm, ids, opts.max_new_tokens or 512, tokenizer.eos, opts.batch_size, heat, opts.top_k, opts.top_p, rng,
-                     progress=progress)
+    texts = generate(lm, ids, opts.max_new_tokens or 512, tokenizer.eos, opts.batch_size, heat,
+                     opts.top_k, opts.top_p, rng, progress=progress)
     # Decoded behind its prompt, a text keeps the spaces that it begins with.
     return [{"task_id": problems[i // opts.samples]["task_id"],
              "generation": tokenizer.decode(prompt + text)[len(tokenizer.decode(prompt)):]}
@@ -302,8 +344,8 @@ def sample_code(lm: LM, tokenizer, opts, progress: str) -> list[dict]:
 
 
 def score_rosetta(lm: LM, tokenizer, opts, progress: str) -> dict:
-    """pass@1 over the problems that could be run. Without --run-code nothing is run: a sample is right only if it is
-    the canonical solution, white space apart, which is less than what pass@1 would say."""
+    """pass@1 over the problems that could be run. Without --run-code nothing is run: a sample is
+    right only if it is the canonical solution, white space apart, less than pass@1 would say."""
     rows = sample_code(lm, tokenizer, opts, progress)
     with scratch("samples") as folder:
         path = Path(opts.save_predictions or folder / "samples.jsonl")
@@ -311,15 +353,20 @@ def score_rosetta(lm: LM, tokenizer, opts, progress: str) -> dict:
         if opts.run_code:
             langs = score_code(path, opts.data_dir, opts.k, unsafe=opts.unsafe_no_sandbox)
             ran = [r for r in langs.values() if "not run" not in r]
-            total, right = sum(r["problems"] for r in ran), sum(r["pass@1"] * r["problems"] for r in ran)
-            return {"correct": round(right, 4), "total": total, "accuracy": right / max(total, 1), "metric": "pass@1",
-                    "languages": langs}
+            total = sum(r["problems"] for r in ran)
+            right = sum(r["pass@1"] * r["problems"] for r in ran)
+            return {"correct": round(right, 4), "total": total, "accuracy": right / max(total, 1),
+                    "metric": "pass@1", "languages": langs}
         samples = read_samples(path, opts.data_dir)
-    same = [s.body.split() == truncate_completion(s.row["canonical_solution"], s.lang).split() for s in samples]
-    return accuracy(same, [True] * len(same)) | {"metric": "canonical solution (programs not run: --run-code)"}
+    gold = [truncate_completion(s.row["canonical_solution"], s.lang).split() for s in samples]
+    return accuracy([s.body.split() for s in samples], gold) | {
+        "metric": "canonical solution (programs not run: --run-code)"}
 
 
 def print_languages(result: dict):
     for lang, r in result.items():
-        print(f"{lang:8} not run: {r['not run']}" if "not run" in r else f"{lang:8} {r['passed']:4} of {r['problems']} problems "
-              f"passed   " + "   ".join(f"{name} {value:.2%}" for name, value in r.items() if name.startswith("pass@")))
+        if "not run" in r:
+            print(f"{lang:8} not run: {r['not run']}")
+        else:
+            rates = [f"{name} {value:.2%}" for name, value in r.items() if name.startswith("pass@")]
+            print(f"{lang:8} {r['passed']:4} of {r['problems']} problems passed", *rates, sep="   ")
