@@ -2,7 +2,7 @@
 
 Every cell is one run of train.py in its own folder; a finished run is not repeated and a killed one
 goes on, so the command can be stopped and given again. Learning rates come first: of RATES every cell
-tries two neighbours, and then the next beyond the better, until that is worse, at the first seed with
+tries three neighbours, and then the next beyond the best, until that is worse, at the first seed with
 --validate, which holds out training rows. The test set takes no part in the choice. All methods get
 the same rounds, steps and batch; flags after `--` go to every train.py.
 
@@ -18,8 +18,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Lock
 
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ TWO_PLUS_TWO = {"fedot", "offsite"}                                             
 HOLDS_FULL = {"fedavg", "fedkseed", "fedkseed-pro", "fedtt", "fedtt+"}
 STEPS = 30                                       # of a client in a round, for all: FedKSeed's own default is 200
 RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-START = {"fedkseed": (1, 2), "fedkseed-pro": (1, 2)}        # the search's first two of them; for all others 2, 3
+START = {"fedkseed": (0, 1, 2), "fedkseed-pro": (0, 1, 2), "fedtt": (2, 3, 4), "fedtt+": (2, 3, 4)}    # else 1, 2, 3
 ABLATIONS = {
     "default": [], "epsilon = 0": ["--prox", "0"], "epsilon = 0.001": ["--prox", "0.001"],
     "epsilon = 0.1": ["--prox", "0.1"], "epsilon = 1": ["--prox", "1"], "lambda = 0": ["--kl-weight", "0"],
@@ -73,14 +74,6 @@ def cells(args) -> list[tuple[str, str, int]]:
     return found
 
 
-def command(args, folder: Path, cell, seed: int, lr: float | None, extra: list[str]) -> list[str]:
-    method, dropout, adapter = cell
-    rate = [] if lr is None else ["--lr", f"{lr:g}"]
-    return [sys.executable, str(ROOT / "train.py"), "--method", method, "--dropout", dropout, "--adapter", str(adapter),
-            "--seed", str(seed), "--threads", "1", "--local-steps", str(STEPS), "--out", str(folder), "--resume",
-            *rate, *args.flags, *extra]
-
-
 def run(folder: Path, argv: list[str]) -> dict:
     """The summary of the run in `folder`, which is made or finished first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -92,20 +85,47 @@ def run(folder: Path, argv: list[str]) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
-def run_all(jobs: dict, args, title: str) -> dict:
-    """{key: summary} of {key: (folder, argv)}, args.jobs at a time."""
-    with ThreadPoolExecutor(args.jobs) as pool:
-        futures = {key: pool.submit(run, *job) for key, job in jobs.items()}
-        bar = tqdm(total=len(futures), desc=title)
-        for future in futures.values():
-            future.add_done_callback(lambda _: bar.update())
-        try:
-            results = {key: future.result() for key, future in futures.items()}
-        except SystemExit:
-            pool.shutdown(cancel_futures=True)
-            raise
-    bar.close()
-    return results
+class Runs:
+    """Runs of train.py in folders of `out`, args.jobs at a time in the order in which they were started."""
+
+    def __init__(self, args, out: Path, expected: int):
+        self.args, self.out, self.started, self.lock = args, out, {}, Lock()
+        self.pool, self.bar = ThreadPoolExecutor(args.jobs), tqdm(total=expected, desc="runs")
+
+    def start(self, name: str, cell, seed: int, lr: float, *extra: str) -> Future:
+        """What a run will have in its summary.json; the same name is the same run."""
+        with self.lock:
+            if name not in self.started:
+                argv = command(self.args, self.out / name, cell, seed, lr, extra)
+                self.started[name] = self.pool.submit(run, self.out / name, argv)
+                self.started[name].add_done_callback(lambda _: self.bar.update())
+        return self.started[name]
+
+    def each(self, work, items: list) -> list:
+        """work(item) of all items side by side; the first failure ends the runs that have not begun."""
+        with ThreadPoolExecutor(len(items)) as side_by_side:
+            futures = [side_by_side.submit(work, item) for item in items]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                whole = all(future.done() and not future.exception() for future in futures)
+                self.pool.shutdown(cancel_futures=not whole)
+        self.bar.close()
+        for failed in filter(None, (future.exception() for future in futures)):
+            if not isinstance(failed, (CancelledError, RuntimeError)):      # RuntimeError: shut down
+                raise failed
+        return [future.result() for future in futures]
+
+
+def command(args, folder: Path, cell, seed: int, lr: float, extra=()) -> list[str]:
+    method, dropout, adapter = cell
+    return [sys.executable, str(ROOT / "train.py"), "--method", method, "--dropout", dropout, "--adapter", str(adapter),
+            "--seed", str(seed), "--threads", "1", "--local-steps", str(STEPS), "--lr", f"{lr:g}",
+            "--out", str(folder), "--resume", *args.flags, *extra]
+
+
+def name_of(cell) -> str:
+    return f"{cell[0]}-b{cell[1]}-s{cell[2]}"
 
 
 def final(summary: dict) -> dict:
@@ -113,41 +133,28 @@ def final(summary: dict) -> dict:
     return list(summary["metrics"].values())[-1]
 
 
-def aligned(args, out: Path) -> dict:
-    """{cell: flags} to start from an emulator that is aligned already: no rate changes that of round 1,
-    so a search needs it once a cell. Of a run whose clients learn nothing, with the first seed."""
-    jobs = {}
-    for cell in cells(args):
-        if cell[0] not in ONE_SHAPE:
-            folder = out / f"aligned-{cell[0]}-b{cell[1]}-s{cell[2]}"
-            extra = ["--rounds", "1", "--local-steps", "1", "--eval-limit", "1"]
-            jobs[cell] = folder, command(args, folder, cell, args.seeds[0], 0.0, extra)
-    run_all(jobs, args, "alignment")
-    return {cell: ["--init-lora", str(folder), "--align-init", "0"] for cell, (folder, _) in jobs.items()}
+def search(runs: Runs, cell) -> tuple[float, list[list[str]]]:
+    """(the best learning rate of a cell on held-out training rows, the search's lines of search.md).
 
-
-def search(args, out: Path) -> dict:
-    """The best learning rate of every cell on held-out training rows: from START on towards the better, until
-    both neighbours of the best are tried."""
+    No rate changes the alignment before round 1, so that of a run whose clients learn nothing serves them all.
+    """
+    args, seed, (method, dropout, _) = runs.args, runs.args.seeds[0], cell
     if args.lr:
-        return dict.fromkeys(cells(args), args.lr)
-    starts, tried, best = aligned(args, out), {}, {}
-    wanted = {cell: START.get(cell[0], (2, 3)) for cell in cells(args)}
-    while any(wanted.values()):
-        jobs = {}
-        for cell, i in ((cell, i) for cell in wanted for i in wanted[cell]):
-            folder = out / f"search-{cell[0]}-b{cell[1]}-s{cell[2]}-lr{RATES[i]:g}"
-            extra = ["--validate", str(args.validate), *starts.get(cell, [])]
-            jobs[cell, i] = folder, command(args, folder, cell, args.seeds[0], RATES[i], extra)
-        tried |= run_all(jobs, args, "learning rates")
-        best = {cell: max((i for c, i in tried if c == cell), key=lambda i: final(tried[cell, i])["accuracy"])
-                for cell in cells(args)}
-        wanted = {cell: [i for i in (best[cell] - 1, best[cell] + 1)
-                         if (cell, i) not in tried and i in range(len(RATES))] for cell in best}
-    lines = [[*map(str, cell), f"{RATES[i]:g}", f"{100 * final(tried[cell, i])['accuracy']:.1f}",
-              "chosen" if best[cell] == i else ""] for cell, i in sorted(tried)]
-    (out / "search.md").write_text(markdown(["method", "β", "s", "lr", "held-out %", ""], lines))
-    return {cell: RATES[i] for cell, i in best.items()}
+        return args.lr, []
+    extra = ["--validate", str(args.validate)]
+    if method not in ONE_SHAPE:
+        emulated = ("fedot", dropout, 2) if method in TWO_PLUS_TWO else cell
+        name = f"aligned-{name_of(emulated)}"
+        runs.start(name, emulated, seed, 0.0, "--rounds", "1", "--local-steps", "1", "--eval-limit", "1").result()
+        extra += ["--init-lora", str(runs.out / name), "--align-init", "0"]
+    tried, wanted = {}, START.get(method, (1, 2, 3))
+    while wanted:
+        jobs = {i: runs.start(f"search-{name_of(cell)}-lr{RATES[i]:g}", cell, seed, RATES[i], *extra) for i in wanted}
+        tried |= {i: final(job.result())["accuracy"] for i, job in jobs.items()}
+        best = max(sorted(tried), key=tried.get)
+        wanted = [i for i in (best - 1, best + 1) if i not in tried and i in range(len(RATES))]
+    return RATES[best], [[*map(str, cell), f"{RATES[i]:g}", f"{100 * tried[i]:.1f}", "chosen" if i == best else ""]
+                         for i in sorted(tried)]
 
 
 # ---- a client's memory --------------------------------------------------------------------------
@@ -228,7 +235,8 @@ def draw(rows: list[list[str]], out: Path):
         print("no pictures: pip install -r benchmarks/requirements.txt brings matplotlib")
         return
     names = [f"{r[0]}" + ("" if r[1] == "–" else f"\nβ={r[1]} s={r[2]}") for r in rows]
-    emu, fu = ([[float(x) for x in (r[i] + " ± 0").split(" ± ")[:2]] if r[i] != "–" else [0, 0] for r in rows] for i in (5, 6))
+    emu, fu = ([[float(x) for x in (r[i] + " ± 0").split(" ± ")[:2]] if r[i] != "–" else [0, 0] for r in rows]
+               for i in (5, 6))
     base = float(rows[0][4].split()[0])
     figure, axis = plt.subplots(figsize=(1.1 * len(rows) + 2, 4))
     for shift, values, label in ((-0.2, emu, "AdapEmu (at the client)"), (0.2, fu, "AdapFu (at the owner)")):
@@ -254,35 +262,47 @@ def draw(rows: list[list[str]], out: Path):
 
 
 def compare(args, out: Path):
-    rates = search(args, out)
-    jobs = {}
-    for cell, seed in itertools.product(cells(args), args.seeds):
-        folder = out / f"{cell[0]}-b{cell[1]}-s{cell[2]}-seed{seed}"
-        jobs[cell, seed] = folder, command(args, folder, cell, seed, rates[cell], [])
-    found = run_all(jobs, args, "grid")
-    rows = []
-    for cell in tqdm(cells(args), "clients' memory"):
-        argv = command(args, out, cell, 0, None, [])[2:]
-        plan = json.loads(subprocess.run([sys.executable, str(ROOT / "train.py"), *argv, "--plan", "--json"],
-                                         capture_output=True, text=True, check=True).stdout)
-        memory = client_memory([a for a in argv if a != "--resume"])
-        rows.append(row_of(cell, rates[cell], [found[cell, s] for s in args.seeds], plan, memory))
+    runs = Runs(args, out, len(cells(args)) * (len(args.seeds) + (0 if args.lr else 5)))
+
+    def work(cell):
+        rate, searched = search(runs, cell)
+        jobs = [runs.start(f"{name_of(cell)}-lr{rate:g}-seed{seed}", cell, seed, rate) for seed in args.seeds]
+        summaries = [job.result() for job in jobs]
+        argv = [word for word in command(args, out, cell, 0, rate)[2:] if word != "--resume"]
+        plan = subprocess.run([sys.executable, str(ROOT / "train.py"), *argv, "--plan", "--json"],
+                              capture_output=True, text=True, check=True).stdout
+        memory = runs.pool.submit(client_memory, argv).result()
+        return row_of(cell, rate, summaries, json.loads(plan), memory), searched
+    found = runs.each(work, cells(args))
+    rows = [row for row, _ in found]
+    if not args.lr:
+        write_search(out, [line for _, lines in found for line in lines])
     (out / "table.md").write_text(markdown(HEAD, rows))
     draw(rows, out)
     print((out / "table.md").read_text())
 
 
+def write_search(out: Path, lines: list[list[str]]):
+    (out / "search.md").write_text(markdown(["method", "β", "s", "lr", "held-out %", ""], lines))
+
+
 def ablate(args, out: Path):
-    cell, jobs = ("fedbiot", args.dropouts[0], args.adapters[0]), {}
-    args.methods, args.dropouts, args.adapters = [cell[0]], [cell[1]], [cell[2]]
-    rate = search(args, out)[cell]                      # of the default; every ablation has it
-    for (name, extra), seed in itertools.product(ABLATIONS.items(), args.seeds):
-        folder = out / f"ablation-b{cell[1]}-s{cell[2]}-{name.replace(' ', '')}-seed{seed}"
-        jobs[name, seed] = folder, command(args, folder, cell, seed, rate, extra)
-    found = run_all(jobs, args, "ablations")
+    cell = ("fedbiot", args.dropouts[0], args.adapters[0])
+    runs = Runs(args, out, len(ABLATIONS) * len(args.seeds) + (0 if args.lr else 5))
+
+    def work(cell):
+        rate, searched = search(runs, cell)                 # of the default; every ablation has it
+        jobs = {}
+        for (name, extra), seed in itertools.product(ABLATIONS.items(), args.seeds):
+            folder = f"ablation-{name_of(cell)}-{name.replace(' ', '')}-seed{seed}"
+            jobs[name, seed] = runs.start(folder, cell, seed, rate, *extra)
+        return {key: job.result()["metrics"] for key, job in jobs.items()}, searched
+    (found, searched), = runs.each(work, [cell])
+    if not args.lr:
+        write_search(out, searched)
     rows = []
     for name, extra in ABLATIONS.items():
-        metrics = [found[name, seed]["metrics"] for seed in args.seeds]
+        metrics = [found[name, seed] for seed in args.seeds]
         rows.append([name, f"`{' '.join(extra)}`" if extra else "–", f"β={cell[1]} s={cell[2]}",
                      *(spread([m[model]["accuracy"] for m in metrics]) for model in ("base", "adapemu", "adapfu"))])
     text = markdown(["ablation", "flags", "setting", "base %", "AdapEmu %", "AdapFu %"], rows)
