@@ -2866,7 +2866,7 @@ def test_a_client_rank_holds_the_compressed_model_and_no_more():
 
 
 def test_a_client_rank_needs_no_weights():
-    # kills: load() on every rank; a bf16 tensor that gloo cannot send
+    # kills: load() on every rank
     with folder() as path, patch.object(train, "evaluate", scored):
         flags = small_run(path) + ["--rounds", 1, "--dtype", "bf16"]
         shutil.copytree(path / "ckpt", path / "bare", ignore=shutil.ignore_patterns("*.pth"))
