@@ -245,8 +245,8 @@ def check(args, refuse):
                f"above 0 up to 1")
     if args.k > args.samples and not args.predictions:
         refuse(f"--k {args.k}: pass@k needs k samples of each problem; --samples is {args.samples}")
-    there = Path(args.export or "/nothing/there")
-    if there.exists() and not (there.is_dir() and not any(there.iterdir())):
+    there = args.export and Path(args.export)
+    if there and there.exists() and not (there.is_dir() and not any(there.iterdir())):
         refuse(f"--export {there}: exists already and is not empty; choose another name")
     if args.run and args.ckpt:
         refuse("--run and --ckpt: a run knows its checkpoint; give one of the two")

@@ -253,11 +253,7 @@ def lm_from(payload: Payload, device="cpu") -> LM:
     config = ModelConfig(**json.loads(bytes(payload["config"].tolist())))
     with torch.device("meta"):
         lm = LM.empty(config, {int(n.split(".")[1]) for n in payload if n.startswith("layers.")})
-    state = {name: payload[name].to(device) for name in lm.state_dict() if name in payload}
-    if config.tied:
-        state["output.weight"] = state["tok_embeddings.weight"]
-    lm.load_state_dict(state, assign=True)
-    return lm.requires_grad_(False)
+    return lm.take({name: payload[name].to(device) for name in lm.state_dict() if name in payload})
 
 
 def adapter_input_and_output(lm: LM, tokens: Tensor, rows: Tensor, first: int):

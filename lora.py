@@ -115,6 +115,10 @@ def write_peft(folder: Path, lm: LM, base: str):
     write_safetensors(folder / "adapter_model.safetensors", named)
 
 
+def is_peft_folder(path: Path) -> bool:
+    return (path / "adapter_config.json").is_file()
+
+
 def read_lora(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     """A and (alpha / r) B by our names, fp32: of PEFT's folder, of a run's, or of its lora.pt."""
     is_peft, folder = is_peft_folder(path), path if path.is_dir() else path.parent
@@ -141,10 +145,6 @@ def read_lora(path: Path, config: ModelConfig) -> dict[str, Tensor]:
                 t = reorder(name, t, config, from_hf=True)
         tensors[name] = t.float() * scale if name.endswith("B") else t.float()
     return tensors
-
-
-def is_peft_folder(path: Path) -> bool:
-    return (path / "adapter_config.json").is_file()
 
 
 def start_from(path: Path, server, config: ModelConfig, scale: float):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one line: what was expected, what was found, what to try."""
+    """A mistake of the user's, in one line: what was expected, what was found, what to try."""
 
 
 # ---- configuration ------------------------------------------------------------------------------
@@ -254,6 +254,15 @@ class LM(nn.Module):
             lm.output.weight = lm.tok_embeddings.weight
         return lm
 
+    def take(self, state: dict) -> "LM":
+        """`state`'s tensors in place of its own, made on meta: frozen, and tied ones stay one."""
+        if self.config.tied:
+            state = state | {"output.weight": state["tok_embeddings.weight"]}
+        self.load_state_dict(state, assign=True)
+        if self.config.tied:
+            self.output.weight = self.tok_embeddings.weight     # shipped and walked once
+        return self.requires_grad_(False)
+
     def with_layers(self, layers: dict) -> "LM":
         """The same embeddings, norm and head around other blocks. Nothing is copied."""
         return LM(self.config, layers, self.tok_embeddings, self.norm, self.output)
@@ -273,8 +282,8 @@ class LM(nn.Module):
         """tokens (B, T) -> (B, T, D) after the final norm, or (N, D) at positions b T + t = rows.
         With `caches` (one a block): the prompts if `slots` is None, else one token a row at
         position slots (B,), mask (B, 1, 1, S) over the cache."""
-        first = torch.arange(tokens.shape[1], device=tokens.device)     # (T,)
-        rope = self.rope(first if slots is None else slots[:, None])
+        T, device = tokens.shape[1], tokens.device
+        rope = self.rope(torch.arange(T, device=device) if slots is None else slots[:, None])
         x = self.tok_embeddings(tokens)                                 # (B, T, D)
         for i, block in enumerate(self.layers.values()):
             last = i + 1 == len(self.layers)
@@ -505,7 +514,7 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
     files, is_meta = shard_files(folder)
     parts = len(files) if is_meta else 1
     with torch.device("meta"):
-        lm = LM.empty(config, layer_ids).requires_grad_(False)
+        lm = LM.empty(config, layer_ids)
         shapes = {name: tuple(p.shape) for name, p in LM.empty(config).state_dict().items()}
     if config.tied:
         del shapes["output.weight"]
@@ -539,12 +548,7 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
         tensors = tensor = None                         # unmaps this shard before the next
     if missing := [name for name in shapes if seen[name] != parts]:
         raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    if config.tied:
-        state["output.weight"] = state["tok_embeddings.weight"]
-    lm.load_state_dict(state, assign=True)
-    if config.tied:
-        lm.output.weight = lm.tok_embeddings.weight     # one parameter again: shipped once
-    return lm.requires_grad_(False)
+    return lm.take(state)
 
 
 def load_tokenizer(folder, config: ModelConfig) -> Tokenizer:

@@ -132,10 +132,11 @@ def resolve(given: dict) -> RunConfig:
     if method.startswith("fedkseed"):
         values |= {"local_steps": 200, "lr": 1e-3 if bundled else 3e-7,
                    "kseed_candidates": 1024 if method == "fedkseed-pro" else 4096}
+    if method == "fedpt":
+        values["proxy_ckpt"] = str(BUNDLED_SMALL)
     values |= PRESETS[given.get("preset", "paper")] | given
     values["ckpt"] = str(given.get("ckpt") or BUNDLED_CKPT)
     values["data_dir"] = str(given.get("data_dir") or BUNDLED_DATA)
-    values["proxy_ckpt"] = str(given.get("proxy_ckpt") or BUNDLED_SMALL)
     cores = len(os.sched_getaffinity(0))
     values["threads"] = values.get("threads") or max(cores // local_processes(), 1)
     cfg = RunConfig(**values)
@@ -211,7 +212,7 @@ def plan(c: ModelConfig, cfg) -> dict:
         cores, biases = module.sizes(c.dim, cfg)
         layer, trained = matrices + cores + biases, n * (cores + biases)
         some_absent = cfg.clients_per_round or cfg.client_timeout
-        cycle = 6 if method == "fedtt+" and not some_absent else 1
+        cycle = module.J if method == "fedtt+" and not some_absent else 1
         sent = 8 * n * (cores / cycle + biases)
     dropped = sorted(set(range(n)) - set(emulator + adapter))
     return {"kept_layers": emulator, "adapter_layers": adapter, "dropped_layers": dropped,
@@ -668,6 +669,8 @@ def run(argv=None, processes: Processes | None = None) -> int:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
     tokenizer = load_tokenizer(cfg.ckpt, model_config)
+    if cfg.method == "fedpt" and not (processes and processes.rank):
+        method.check_pieces(cfg, tokenizer)
     shards = make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len, cfg.seed,
                          cfg.validate, cfg.strip_annotations)
     if processes and processes.rank:

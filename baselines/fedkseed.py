@@ -13,14 +13,13 @@ that was resumed, or has more processes, is bit for bit the run that was never s
 import math
 import random
 import sys
-from copy import deepcopy
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from baselines import fedavg
-from fedbiot import SERVER, Payload, generator, linear_cross_entropy, lm_from
+from fedbiot import SERVER, Payload, generator, linear_cross_entropy, lm_from, weights_of
 from model import LM, UserError
 
 CLIP = 1000.0           # of |g| in Pro's history
@@ -45,6 +44,11 @@ def replay(weights: list[Tensor], a: Tensor, master: int, eta: float):
     seeds = candidates(master, len(a))
     for j in tqdm(a.nonzero()[:, 0].tolist(), "replay", leave=False, disable=None):
         step_along(weights, seeds[j], -eta * a[j].item())
+
+
+def fp32_copy(weights: Payload, device) -> LM:
+    """The model, to be walked in place: in one process the given tensors are the server's own."""
+    return lm_from({name: t.clone() for name, t in weights.items()}, device).float()
 
 
 class Server(fedavg.Server):
@@ -79,14 +83,15 @@ class Server(fedavg.Server):
             count.index_add_(0, j, torch.ones_like(g))
 
     def models(self) -> dict[str, LM]:
-        tuned = deepcopy(self.full).float()
+        tuned = fp32_copy(weights_of(self.full), self.full.output.weight.device)
         replay([*tuned.parameters()], self.learnt["a"], self.learnt["seed"].item(), self.cfg.lr)
         return {"base": self.full, "full": tuned}
 
     def load_state_dict(self, state: dict):
-        if state["learnt"]["on_gpu"] != self.learnt["on_gpu"]:
-            raise UserError("--device: this run drew its noise on the other kind of device, CPU or "
-                            "GPU, and this one draws other numbers from the same seeds")
+        there, here = ("cuda" if x["on_gpu"] else "cpu" for x in (state["learnt"], self.learnt))
+        if there != here:
+            raise UserError(f"--device {here}: use {there}, where this run drew its noise; {here} "
+                            f"draws other numbers from the same seeds")
         super().load_state_dict(state)
 
 
@@ -94,10 +99,9 @@ class Client:
     """Walks along tau random directions; uploads which, and how far."""
 
     def __init__(self, bootstrap: Payload, cfg, device="cpu"):
-        given = lm_from(bootstrap, device)
-        self.cfg, self.lm = cfg, deepcopy(given).float()
-        self.w0, self.w = [*given.parameters()], [*self.lm.parameters()]
-        self.start, self.held = [p.clone() for p in self.w], torch.zeros(0)
+        self.cfg, self.given = cfg, lm_from(bootstrap, device)
+        self.start, self.lm = fp32_copy(bootstrap, device), fp32_copy(bootstrap, device)
+        self.w, self.held = [*self.lm.parameters()], torch.zeros(0)
 
     @torch.no_grad()
     def update(self, t: int, payload: Payload, examples, m: int) -> tuple[Payload, dict]:
@@ -118,19 +122,20 @@ class Client:
             step_along(self.w, seeds[j[k]], eps - cfg.lr * g[k].item())     # back, and - eta g z
         if len(losses) < tau:
             print(f"note: round {t + 1}, client {m}: {tau - len(losses)} of {tau} steps had no "
-                  f"finite loss and moved nothing; try a smaller --lr", file=sys.stderr)
-        return {"j": j.int(), "g": g}, {"loss": sum(losses) / len(losses) if losses else math.nan}
+                  f"finite loss and moved nothing", file=sys.stderr)
+        if not losses:
+            raise UserError(f"round {t + 1}, client {m}: no step had a finite loss; try a smaller "
+                            f"--lr")
+        return {"j": j.int(), "g": g}, {"loss": sum(losses) / len(losses)}
 
     def restart(self, payload: Payload):
         """The round's weights into `w`: the accumulator replayed from w0, whenever one joins."""
         a = payload["a"].cpu()
         if not torch.equal(a, self.held):
-            for p, w0 in zip(self.start, self.w0):
-                p.copy_(w0)
-            replay(self.start, a, payload["seed"].item(), self.cfg.lr)
+            self.start.load_state_dict(self.given.state_dict())         # copied, to fp32
+            replay([*self.start.parameters()], a, payload["seed"].item(), self.cfg.lr)
             self.held = a
-        for p, start in zip(self.w, self.start):
-            p.copy_(start)
+        self.lm.load_state_dict(self.start.state_dict())
 
     def loss(self, batch) -> float:
         batch = batch.to(self.w[0].device)

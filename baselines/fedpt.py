@@ -17,7 +17,16 @@ from baselines import fedavg
 from baselines.fedavg import Client  # noqa: F401  (2): plain cross-entropy on the small LoRA
 from fedbiot import SERVER, generator, linear_kl
 from lora import copy_into
-from model import LM, UserError, load, load_tokenizer
+from model import LM, ModelConfig, UserError, load, load_tokenizer
+
+
+def check_pieces(cfg, tokenizer):
+    """UserError unless the small model's tokenizer has the same pieces in the same order."""
+    small = load_tokenizer(cfg.proxy_ckpt, ModelConfig.read(cfg.proxy_ckpt))
+    if small.vocabulary() != tokenizer.vocabulary():
+        raise UserError(f"--proxy-ckpt {cfg.proxy_ckpt}: its tokenizer has other pieces "
+                        f"({small.vocab_size}) than {cfg.ckpt}'s ({tokenizer.vocab_size}); logits "
+                        f"can only be added over the same pieces")
 
 
 class Proxy(nn.Module):
@@ -54,13 +63,9 @@ class Server(fedavg.Server):
     def __init__(self, full: LM, public, cfg):
         """`full` is the large model here; the small one is read from --proxy-ckpt."""
         self.large, head = full, full.output.weight
-        small, tokenizer = load(cfg.proxy_ckpt, dtype=head.dtype, device=head.device)
-        if tokenizer.vocabulary() != load_tokenizer(cfg.ckpt, full.config).vocabulary():
-            raise UserError(f"--proxy-ckpt {cfg.proxy_ckpt}: its tokenizer has other pieces than "
-                            f"{cfg.ckpt}'s; logits can only be added over the same pieces")
+        small, _ = load(cfg.proxy_ckpt, dtype=head.dtype, device=head.device)
         super().__init__(small, public, cfg)
-        self.snapshot, self.averaged = self.adapted(small, cfg, generator(0))
-        copy_into(self.averaged, self.tuned)
+        self.snapshot, self.averaged = self.adapted(small, cfg, generator(cfg.seed, 0, SERVER))
         self.learnt = self.tuned | {f"averaged.{name}": p for name, p in self.averaged.items()}
 
     def aggregate(self, t: int, uploads, weights):

@@ -31,7 +31,7 @@ def factors(d: int) -> list[int]:
 
 def core_shapes(d_in: int, d_out: int, rank: int) -> list[tuple[int, int, int]]:
     r = [1] + [rank] * (J - 1) + [1]
-    return [(r[j], k, r[j + 1]) for j, k in enumerate(factors(d_in) + factors(d_out))]
+    return [*zip(r, factors(d_in) + factors(d_out), r[1:])]
 
 
 def sizes(d: int, cfg) -> tuple[int, int]:
@@ -44,13 +44,13 @@ def sizes(d: int, cfg) -> tuple[int, int]:
 class TTLinear(nn.Module):
     """y = x W (+ b), W (d_in, d_out) made from its cores: exact, and no slower at these sizes."""
 
-    def __init__(self, d_in: int, d_out: int, rank: int, bias: bool, rng, device):
+    def __init__(self, d_in: int, d_out: int, rank: int, bias: bool, rng):
         super().__init__()
         # PAPER SILENT: normal cores such that Var W = 1 / d_in; W sums rank^(J-1) products of J
         std = (d_in * float(rank) ** (J - 1)) ** (-0.5 / J)
-        cores = (torch.randn(s, generator=rng) * std for s in core_shapes(d_in, d_out, rank))
-        self.cores = nn.ParameterList(core.to(device) for core in cores)            # they stay fp32
-        self.bias = nn.Parameter(torch.zeros(d_out, device=device)) if bias else None
+        cores = [torch.randn(s, generator=rng) * std for s in core_shapes(d_in, d_out, rank)]
+        self.cores = nn.ParameterList(cores)                        # fp32, whatever the model is
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
         self.shape = d_in, d_out
 
     def matrix(self) -> Tensor:
@@ -68,29 +68,27 @@ class Adapted(nn.Module):
     """A block's attention or feed-forward, frozen, and the adapter behind it, before the residual
     sum. The last core of `up` is zero, so that it starts as the identity."""
 
-    def __init__(self, inner: nn.Module, d: int, cfg, rng, device):
+    def __init__(self, inner: nn.Module, d: int, cfg, rng):
         super().__init__()
-        how = cfg.tt_rank, cfg.tt_bias, rng, device
         self.inner = inner
-        self.down = TTLinear(d, cfg.tt_bottleneck, *how)
-        self.up = TTLinear(cfg.tt_bottleneck, d, *how)
+        self.down = TTLinear(d, cfg.tt_bottleneck, cfg.tt_rank, cfg.tt_bias, rng)
+        self.up = TTLinear(cfg.tt_bottleneck, d, cfg.tt_rank, cfg.tt_bias, rng)
         nn.init.zeros_(self.up.cores[-1])
 
-    def forward(self, *args) -> Tensor:
-        h = self.inner(*args)
+    def forward(self, x: Tensor, *where) -> Tensor:                 # where: attention's rope, past
+        h = self.inner(x, *where)
         # PAPER SILENT: the activation; ReLU, as in the library
         return h + self.up(F.relu(self.down(h)))
 
 
 def adapted(lm: LM, cfg, rng) -> tuple[LM, dict[str, Tensor]]:
     """The model with two adapters a block around `lm`'s tensors, and what is theirs by name."""
-    twins, d, device = twin_blocks(lm), lm.config.dim, lm.output.weight.device
+    twins, d = twin_blocks(lm), lm.config.dim
     for twin in twins.values():
-        twin.attention = Adapted(twin.attention, d, cfg, rng, device)
-        twin.feed_forward = Adapted(twin.feed_forward, d, cfg, rng, device)
-    tuned = lm.with_layers(twins).requires_grad_(False)
-    names = [name for name, _ in tuned.named_parameters() if ".down." in name or ".up." in name]
-    return tuned, {name: tuned.get_parameter(name) for name in names}
+        twin.attention = Adapted(twin.attention, d, cfg, rng)
+        twin.feed_forward = Adapted(twin.feed_forward, d, cfg, rng)
+    lm = lm.with_layers(twins).to(lm.output.weight.device).requires_grad_(False)
+    return lm, {n: p for n, p in lm.named_parameters() if ".down." in n or ".up." in n}
 
 
 def active(tensors: Payload, t: int, cfg) -> Payload:
@@ -108,7 +106,7 @@ class Server(fedavg.Server):
     adapted = staticmethod(adapted)
 
     def bootstrap(self) -> Payload:
-        """FedTT+ sends later what changed: who joins, or joins again, starts from all cores."""
+        """All cores too: FedTT+ later sends what changed, and who joins, or rejoins, needs all."""
         return super().bootstrap() | {name: p.detach().clone() for name, p in self.learnt.items()}
 
     def broadcast(self, t: int) -> Payload:

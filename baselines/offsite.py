@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import fedbiot
 from fedbiot import Payload, layer_extract
-from lora import copy_into
 from model import UserError
 
 
@@ -48,8 +47,8 @@ class Server(fedbiot.Server):
 class Client(fedbiot.Client):
     def __init__(self, bootstrap: Payload, cfg, device="cpu"):
         super().__init__(bootstrap, replace(cfg, prox=0.0), device)
-        aligned = self.received.keys() - self.tuned.keys()
-        copy_into(*({name: held[name] for name in aligned} for held in (self.received, bootstrap)))
+        for name in self.received.keys() - self.tuned.keys():       # E's LoRA, aligned
+            self.received[name].copy_(bootstrap[name])
         self.received = self.tuned
 
     @staticmethod

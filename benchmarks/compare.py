@@ -111,9 +111,9 @@ class Runs:
                 whole = all(future.done() and not future.exception() for future in futures)
                 self.pool.shutdown(cancel_futures=not whole)
         self.bar.close()
-        for failed in filter(None, (future.exception() for future in futures)):
-            if not isinstance(failed, (CancelledError, RuntimeError)):      # RuntimeError: shut down
-                raise failed
+        failures = [failed for future in futures if (failed := future.exception())]
+        if failures:                                        # RuntimeError: of one that came after the shutdown
+            raise min(failures, key=lambda failed: isinstance(failed, (CancelledError, RuntimeError)))
         return [future.result() for future in futures]
 
 
@@ -136,7 +136,8 @@ def final(summary: dict) -> dict:
 def search(runs: Runs, cell) -> tuple[float, list[list[str]]]:
     """(the best learning rate of a cell on held-out training rows, the search's lines of search.md).
 
-    No rate changes the alignment before round 1, so that of a run whose clients learn nothing serves them all.
+    No rate changes the alignment before round 1, so that of a run whose clients learn nothing serves them all
+    (but for its optimizer's state, which begins anew).
     """
     args, seed, (method, dropout, _) = runs.args, runs.args.seeds[0], cell
     if args.lr:
@@ -294,7 +295,7 @@ def ablate(args, out: Path):
         rate, searched = search(runs, cell)                 # of the default; every ablation has it
         jobs = {}
         for (name, extra), seed in itertools.product(ABLATIONS.items(), args.seeds):
-            folder = f"ablation-{name_of(cell)}-{name.replace(' ', '')}-seed{seed}"
+            folder = f"ablation-{name_of(cell)}-{name.replace(' ', '')}-lr{rate:g}-seed{seed}"
             jobs[name, seed] = runs.start(folder, cell, seed, rate, *extra)
         return {key: job.result()["metrics"] for key, job in jobs.items()}, searched
     (found, searched), = runs.each(work, [cell])

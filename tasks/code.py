@@ -286,9 +286,9 @@ def score_code(predictions, data_dir, k: int = 0, workers: int = 0, unsafe: bool
 def working_box(lang: str, rows: list[dict], data_dir, kind: str, folder: Path) -> Box | str:
     """The toolchain's box, seen to work: a machine without it, or libcrypto, must not score 0."""
     box = toolchain(lang, rows, data_dir, kind, folder)
+    if not isinstance(box, Box):
+        return box
     for row in rows[:1] + [row for row in rows[1:] if "<openssl/" in row["prompt"]]:
-        if not isinstance(box, Box):
-            return box
         if (verdict := judge(row, lang, row["canonical_solution"], box)) != "passed":
             return (f"{row['task_id']}'s own solution does not pass here ({verdict}); is the "
                     f"toolchain complete?")
