@@ -1944,6 +1944,7 @@ def test_fedkseed_replay_equals_the_walked_weights():
             client = fedkseed.Client(server.bootstrap(), cfg)
             ups.append(client.update(0, server.broadcast(0), shard, m)[0])
             walked.append([p.double() for p in client.lm.parameters()])
+            assert len(walked[0]) == len(list(full.parameters())), "a tied weight is walked once"
         server.aggregate(0, ups, [float(len(s)) for s in shards])
         w0, total = [p.double() for p in full.parameters()], sum(map(len, shards))
         update = [sum(len(s) / total * (w[i] - p) for w, s in zip(walked, shards)) for i, p in enumerate(w0)]
