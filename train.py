@@ -61,7 +61,7 @@ class RunConfig(Config):
     lr: float | None = option(None, "clients' learning rate (eta); bundled model 3e-3, else 1e-4")
     server_lr: float | None = option(None, "that of the alignment; bundled model 2e-3, else 1e-4")
     task: str = option("gsm8k", "what the clients' data teaches", choices=TASKS)
-    method: str = option("fedbiot", "federated method", choices=tuple(baselines.MODULES))
+    method: str = option("fedbiot", "federated method", choices=baselines.METHODS)
     ckpt: str | None = option(None, "model's folder, Meta's or Hugging Face's; default the bundled")
     data_dir: str | None = option(None, "folder of the data files; default the bundled data")
     preset: str = option("paper", "paper, or what its authors' code does", choices=tuple(PRESETS))
@@ -670,7 +670,10 @@ def run(argv=None, processes: Processes | None = None) -> int:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
     tokenizer = load_tokenizer(cfg.ckpt, model_config)
     if cfg.method == "fedpt" and not (processes and processes.rank):
-        method.check_pieces(cfg, tokenizer)
+        small = load_tokenizer(cfg.proxy_ckpt, ModelConfig.read(cfg.proxy_ckpt))
+        if small.vocabulary() != tokenizer.vocabulary():
+            raise UserError(f"--proxy-ckpt {cfg.proxy_ckpt}: has other pieces than {cfg.ckpt}; logits "
+                            f"can only be added over the same pieces")
     shards = make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len, cfg.seed,
                          cfg.validate, cfg.strip_annotations)
     if processes and processes.rank:

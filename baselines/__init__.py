@@ -1,12 +1,12 @@
 """The other methods, one small file each, through the protocol of fedbiot.py."""
 import importlib
 
-MODULES = {"fedbiot": "fedbiot", "offsite": "baselines.offsite", "fedot": "baselines.offsite",
-           "fedavg": "baselines.fedavg", "fedkseed": "baselines.fedkseed",
-           "fedkseed-pro": "baselines.fedkseed", "fedtt": "baselines.fedtt",
-           "fedtt+": "baselines.fedtt", "fedpt": "baselines.fedpt"}
+METHODS = ("fedbiot", "offsite", "fedot", "fedavg", "fedkseed", "fedkseed-pro", "fedtt", "fedtt+",
+           "fedpt")
+SHARED = {"fedot": "offsite", "fedkseed-pro": "fedkseed", "fedtt+": "fedtt"}    # they ask cfg.method
 
 
 def module_of(method: str):
-    """The module with the Server and the Client of a method; those with two ask cfg.method."""
-    return importlib.import_module(MODULES[method])
+    """The module with the Server and the Client of a method."""
+    name = SHARED.get(method, method)
+    return importlib.import_module(name if name == "fedbiot" else f"baselines.{name}")

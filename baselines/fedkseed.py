@@ -2,8 +2,7 @@
 
     w0      the checkpoint, which everyone holds; all of it is tuned
     z(s)    ~ N(0, I), drawn anew whenever needed; s_1..s_K, the candidates, from one master seed
-    g       (L(w + eps z) - L(w - eps z)) / 2 eps
-    a       accumulator in R^K:  w = w0 - eta sum_j a_j z(s_j)
+    g, a    (L(w + eps z) - L(w - eps z)) / 2 eps;  accumulator: w = w0 - eta sum_j a_j z(s_j)
     p       Pro: how often s_j is drawn;  tau, eta: local_steps, lr
 
 A step walks the client's fp32 copy in place, so it needs an inference's memory and one parameter's
