@@ -672,8 +672,8 @@ def run(argv=None, processes: Processes | None = None) -> int:
     if cfg.method == "fedpt" and not (processes and processes.rank):
         small = load_tokenizer(cfg.proxy_ckpt, ModelConfig.read(cfg.proxy_ckpt))
         if small.vocabulary() != tokenizer.vocabulary():
-            raise UserError(f"--proxy-ckpt {cfg.proxy_ckpt}: has other pieces than {cfg.ckpt}; logits "
-                            f"can only be added over the same pieces")
+            raise UserError(f"--proxy-ckpt {cfg.proxy_ckpt}: has other pieces than {cfg.ckpt}; "
+                            f"logits can only be added over the same pieces")
     shards = make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len, cfg.seed,
                          cfg.validate, cfg.strip_annotations)
     if processes and processes.rank:

@@ -1,8 +1,8 @@
 """The other methods, one small file each, through the protocol of fedbiot.py."""
 import importlib
 
-METHODS = ("fedbiot", "offsite", "fedot", "fedavg", "fedkseed", "fedkseed-pro", "fedtt", "fedtt+",
-           "fedpt")
+METHODS = ("fedbiot", "offsite", "fedot", "fedavg", "fedkseed", "fedkseed-pro", "fedtt",
+           "fedtt+", "fedpt")
 SHARED = {"fedot": "offsite", "fedkseed-pro": "fedkseed", "fedtt+": "fedtt"}    # they ask cfg.method
 
 
