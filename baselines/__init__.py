@@ -3,7 +3,7 @@ import importlib
 
 METHODS = ("fedbiot", "offsite", "fedot", "fedavg", "fedkseed", "fedkseed-pro", "fedtt",
            "fedtt+", "fedpt")
-SHARED = {"fedot": "offsite", "fedkseed-pro": "fedkseed", "fedtt+": "fedtt"}    # they ask cfg.method
+SHARED = {"fedot": "offsite", "fedkseed-pro": "fedkseed", "fedtt+": "fedtt"}  # they ask cfg.method
 
 
 def module_of(method: str):
