@@ -56,7 +56,7 @@ class Config:
     clients_per_round: int = option(0, "clients that take part in a round (0: all)")
     align_norm: str = option("rms", "divide the L2 by the teacher's mean square, or not",
                              choices=("rms", "none"))
-    align_tokens: str = option("answer", "tokens of the alignment: the answer's, or all",
+    align_tokens: str = option("answer", "tokens to align on: the answer's, or all, padding too",
                                choices=("answer", "all"))
     align_renew: bool = option(False, "a new alignment optimizer every round (authors' code)")
     max_update_norm: float = option(10.0, "reject an upload that moved this many times further "
