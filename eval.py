@@ -1,12 +1,12 @@
 """Evaluation of a finished run, a checkpoint, or a file of predictions.
 
-In order: the machine (device, dtype); GSM8K (prompts, extraction, numeric comparison); evaluate
-(any task; HumanEval-X and its sandbox, and question answering, stand in tasks/); runs (a finished
-run's models again, or exported); the command line.
+In order: flags (a dataclass's fields are a command line's flags, checked in one place, for train.py
+too); the machine; GSM8K; evaluate (any task: HumanEval-X and question answering stand in tasks/);
+a finished run's models; the command line. FedBiOT section 4.1, Appendix A.
 
     python eval.py --run runs/gsm8k-fedbiot-b0.2-s2-seed0 --model adapfu
-    python eval.py --ckpt tiny/llama --task gsm8k --limit 100
     python eval.py --ckpt llama-2-7b --data-dir data --task dolly --limit 200
+    python eval.py --ckpt tiny/llama --prompt "Once upon a time"
     python eval.py --task gsm8k --predictions answers.jsonl
     python eval.py --task rosetta --predictions samples.jsonl --run-code
 """
@@ -14,28 +14,115 @@ import argparse
 import json
 import os
 import re
-import shutil
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
-import baselines
-from data import fields, prompt_of, read_gsm8k, read_rows
-from lora import lora_tensors, merged, write_peft
-from model import LM, UserError, generate, load, read_saved, write_checkpoint
-from tasks import accuracy
-from tasks.code import print_languages, score_code, score_rosetta
-from tasks.qa import print_scenarios, score_dolly, score_dolly_predictions
+from data import TASKS, accuracy, prompt_of, read_pairs, read_rows, texts_of
+from fedbiot import option
+from model import LM, UserError, clean_text, generate, load, read_saved, room
 
 HERE = Path(__file__).resolve().parent
-BUNDLED_CKPT, BUNDLED_SMALL = HERE / "tiny" / "llama", HERE / "tiny" / "small"
-BUNDLED_DATA = HERE / "tiny" / "data"
-TASKS = ("gsm8k", "rosetta", "dolly")
+BUNDLED_CKPT, BUNDLED_DATA = HERE / "tiny" / "llama", HERE / "tiny" / "data"
+MOST = 10**9                    # of any number on the command line
+
+# ---- flags --------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """One flag a field; a flag that was not given is absent from the result."""
+
+    def __init__(self, description: str, config: type, **extra):
+        def lines(prog):
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=100)
+        super().__init__(description=description, formatter_class=lines, allow_abbrev=False,
+                         argument_default=argparse.SUPPRESS, **extra)
+        self.add(config)
+
+    def add(self, config: type):
+        for f in fields(config):
+            default = "" if f.default in (None, False) else f" ({f.default})"
+            choices, how = f.metadata.get("choices"), {}
+            if kind_of(f) is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            else:
+                how = {"type": share if kind_of(f) is Fraction else kind_of(f), "choices": choices,
+                       "metavar": "|".join(choices) if choices and len(choices) < 4 else "X"}
+            text = f.metadata["help"] + default
+            if choices and len(choices) > 3:
+                text += ": " + ", ".join(choices)
+            self.add_argument(flag(f.name), help=text.replace("%", "%%"), **how)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def kind_of(f) -> type:
+    """A field's type, where `int | None` is int."""
+    return next(k for k in (bool, int, float, str, Fraction) if k.__name__ in str(f.type))
+
+
+def share(text: str) -> Fraction:
+    """What was typed, exactly: 0.2 is 1/5."""
+    try:
+        float(value := Fraction(text))
+    except ArithmeticError:
+        raise ValueError(text) from None                    # argparse makes one line of it
+    return value
+
+
+def checked(config: type, values: dict):
+    """A configuration whose values have their fields' types, choices and ranges; else UserError."""
+    known = {f.name: f for f in fields(config)}
+    if odd := sorted(map(str, values.keys() - known.keys())):
+        raise UserError(f"{flag(odd[0][:80])}: no such setting")
+    for name, value in values.items():
+        f, kind = known[name], kind_of(known[name])
+        choices, least = f.metadata.get("choices"), f.metadata.get("least", 0)
+        if value is None and "None" in str(f.type):
+            continue
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"{flag(name)} {value!r:.80}: expected {kind.__name__}")
+        if choices and value not in choices:
+            raise UserError(f"{flag(name)} {value!r:.80}: expected one of {', '.join(choices)}")
+        if value == "" and kind is str:
+            raise UserError(f"{flag(name)}: expected a text, found an empty one (a shell variable "
+                            f"that is not set?)")
+        if kind in (int, float) and not least <= value <= f.metadata.get("most", MOST):
+            raise UserError(f"{flag(name)} {value}: expected {least} or more, at most "
+                            f"{f.metadata.get('most', MOST):,}")
+    return config(**values)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What scoring depends on. None: the task's own."""
+    task: str | None = option(None, "test set; default the run's", choices=tuple(TASKS))
+    data_dir: str | None = option(None, "data folder; default the run's, or the bundled one")
+    limit: int = option(0, "first N test examples, of each language; N a scenario (0: all)")
+    shots: int | None = option(None, "worked examples in the prompt; bundled model 0, else 8")
+    batch_size: int = option(0, "sequences generated at a time (0: what 6 GB of cache hold, at "
+                                "most 64)")
+    max_new_tokens: int = option(0, "0: the task's own (GSM8K 256)")
+    samples: int | None = option(None, "programs a problem; bundled model 1, else 20", least=1)
+    temperature: float | None = option(None, "of the samples; 0.1, for a single one 0")
+    top_k: int = option(40, "sample among so many pieces (0: all)")
+    top_p: float = option(0.75, "and among those that hold this probability", most=1)
+    k: int = option(0, "of pass@k; 0: 1, and 10 where there are 10 samples")
+    run_code: bool = option(False, "run a model's programs, each in a sandbox, to score them")
+    unsafe_no_sandbox: bool = option(False, "run them without one where none works")
+    predictions: str | None = option(None, "score this JSONL file instead of a model")
+    save_predictions: str | None = option(None, "keep the samples in this file")
+    seed: int = option(0, "of the samples")
+    validate: int = option(0, "score the last N training rows instead (GSM8K)")
 
 
 # ---- the machine --------------------------------------------------------------------------------
@@ -57,128 +144,135 @@ def pick_dtype(name: str, device) -> torch.dtype:
 
 
 # ---- GSM8K --------------------------------------------------------------------------------------
+# An answer is read as the paper's evaluation reads it (Appendix A, the authors' code): the first
+# number behind the first `The answer is`, or behind OpenAI's own `####`; without a marker the last
+# number of the text. lm-evaluation-harness takes `####` strictly, or the last number. In all three
+# the text ends where the model begins a next question of its own.
 
-WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-NUMBER = re.compile(rf"(?:(?<![\w)])-)?\$?(?:{WHOLE}(?:\.[0-9]+)?|\.[0-9]+)")
+NEXT_QUESTION = re.compile(r"\n\s*(?:Q:|Question:|### Instruction:)")
+MARKER = re.compile(r"the answer is|####", re.IGNORECASE)
+GROUPED = "[0-9]{1,3}(?:[,\u00a0\u2009\u202f][0-9]{2,3})*[,\u00a0\u2009\u202f][0-9]{3}(?![0-9])"
+NUMBER = re.compile(rf"(?:(?<![\w)])-)?\$?(?:(?:{GROUPED}|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+
+
+def numbers(text: str) -> list[Decimal]:
+    """Every number of a text, exactly; separators of groups, `$`, `%`, a final dot do not matter."""
+    found = NUMBER.findall(text.replace("\u2212", "-"))                         # the minus sign
+    return [Decimal(re.sub("[,$\u00a0\u2009\u202f]", "", n)) for n in found]
 
 
 def extract_number(text: str) -> Decimal | None:
-    """The number after the first `The answer is` or `####`, exactly; without a marker the text's
-    last; None where there is none. `18.0` is `18`; commas, `$`, `%`, a final dot do not matter."""
-    marker = re.search(r"[Tt]he answer is|####", text)
-    found = NUMBER.findall(text[marker.end():] if marker else text)
-    return Decimal(re.sub(r"[,$]", "", found[0 if marker else -1])) if found else None
+    """A model's answer; None where there is none, also where a marker has no number behind it."""
+    text = NEXT_QUESTION.split(text, maxsplit=1)[0]
+    marker = MARKER.search(text)
+    found = numbers(text[marker.end():] if marker else text)
+    return found[0 if marker else -1] if found else None
 
 
-def gsm8k_shots(shots: int) -> str:
+def read_gold(cfg: EvalConfig) -> tuple[list[str], list[Decimal]]:
+    """The questions that are scored, and what stands behind the last `####` of their answers."""
+    split = "train" if cfg.validate else "test"
+    pairs, gold = read_pairs(cfg.data_dir, split), []
+    for i, (_, answer) in enumerate(pairs, 1):
+        found = numbers(answer.rpartition("####")[2])
+        if "####" not in answer or not found:
+            raise UserError(f"{cfg.data_dir}/gsm8k/{split}.jsonl, row {i}: expected an answer that "
+                            f"ends in #### and a number, found {answer[-40:]!r}")
+        gold.append(found[0])
+    return [question for question, _ in pairs], gold
+
+
+def worked_examples(shots: int) -> str:
     """Worked examples in front of the question: `Q: …  A: …`, written for this project."""
     path = HERE / "tiny" / "gsm8k_shots.jsonl"
-    pairs = fields(read_rows(path), path, ("question", "answer"))
-    if not 0 <= shots <= len(pairs):
+    pairs = texts_of(read_rows(path), path, ("question", "answer"))
+    if shots > len(pairs):
         raise UserError(f"--shots {shots}: {len(pairs)} worked examples are at hand, so choose "
                         f"0..{len(pairs)}")
     told = [(q, a.replace("####", "The answer is")) for q, a in pairs[:shots]]
     return "".join(f"Q: {q}\nA: {a}.\n\n" for q, a in told)
 
 
-def score_gsm8k(lm: LM, tokenizer, opts, progress: str) -> dict:
+def prepare(cfg: EvalConfig) -> list[Path]:
+    """Reads what `score` will need, so that a mistake ends before any training; its files."""
+    read_gold(cfg), worked_examples(cfg.shots or 0)
+    return [Path(cfg.data_dir) / "gsm8k" / ("train.jsonl" if cfg.validate else "test.jsonl")]
+
+
+def score(lm: LM, tokenizer, cfg: EvalConfig, progress: str) -> dict:
     """Greedy chain of thought. Without shots the prompt is the training template's."""
-    rows = read_gsm8k(opts.data_dir, "train" if opts.validate else "test")
-    rows = rows[-opts.validate:][:opts.limit or None]
-    head = gsm8k_shots(opts.shots)
-    prompts = [f"{head}Q: {row.instruction}\nA:" if opts.shots else prompt_of(row.instruction)
-               for row in rows]
+    questions, gold = (part[-cfg.validate:][:cfg.limit or None] for part in read_gold(cfg))
+    head = worked_examples(cfg.shots)
+    prompts = [f"{head}Q: {q}\nA:" if cfg.shots else prompt_of(q) for q in questions]
     ids = [[tokenizer.bos] + tokenizer.encode(prompt) for prompt in prompts]
-    texts = generate(lm, ids, opts.max_new_tokens or 256, tokenizer.eos, opts.batch_size,
+    texts = generate(lm, ids, cfg.max_new_tokens or 256, tokenizer.ends, cfg.batch_size,
                      progress=progress)
-    found = [extract_number(tokenizer.decode(text)) for text in texts]
-    return accuracy(found, [extract_number(row.output) for row in rows])
+    return accuracy([extract_number(tokenizer.decode(text)) for text in texts], gold)
 
 
-def score_gsm8k_predictions(path, data_dir) -> dict:
+def score_predictions(cfg: EvalConfig) -> dict:
     """A file of {"index": row of test.jsonl, "text": …} -> accuracy over the file's rows."""
-    rows, gold = read_rows(Path(path)), read_gsm8k(data_dir, "test")
-    texts, indices = fields(rows, path, ("text",)), [row.get("index") for row in rows]
+    path, (_, gold) = Path(cfg.predictions), read_gold(replace(cfg, validate=0))
+    rows = read_rows(path)
+    texts, indices, seen = texts_of(rows, path, ("text",)), [r.get("index") for r in rows], set()
     for i, index in enumerate(indices, 1):
-        if type(index) is not int or not 0 <= index < len(gold) or index in indices[:i - 1]:
+        if type(index) is not int or not 0 <= index < len(gold) or index in seen:
             raise UserError(f"{path}, row {i}: expected an index in 0..{len(gold) - 1}, each once, "
-                            f"found {index!r}")
-    found = [extract_number(text) for text, in texts]
-    return accuracy(found, [extract_number(gold[i].output) for i in indices])
+                            f"found {index!r:.80}")
+        seen.add(index)
+    return accuracy([extract_number(text) for text, in texts], [gold[i] for i in indices])
+
+
+def report(result: dict):
+    print(f"gsm8k: {result['correct']} of {result['total']} correct, accuracy "
+          f"{result['accuracy']:.2%}")
 
 
 # ---- any task -----------------------------------------------------------------------------------
 
-def evaluate(lm: LM, tokenizer, task: str, opts, progress: str = "evaluate") -> dict:
-    """{"correct", "total", "accuracy", …} of a model on a task's test set. `opts` holds data_dir,
-    limit, shots, batch_size, max_new_tokens (0 = the task's), validate (score so many held-out
-    training rows instead); for code samples, temperature, top_k, top_p, seed, run_code,
-    unsafe_no_sandbox, k, save_predictions."""
-    score = {"gsm8k": score_gsm8k, "dolly": score_dolly, "rosetta": score_rosetta}[task]
-    return score(lm, tokenizer, opts, progress)
+def scorer_of(task: str):
+    """The module that scores a task: prepare, score, score_predictions, report, as above."""
+    return room(TASKS[task].scorer)
 
 
-# ---- runs ---------------------------------------------------------------------------------------
-
-def read_run(folder) -> SimpleNamespace:
-    """The configuration of a run folder, as the run had it."""
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        return SimpleNamespace(**config | {"dropout": Fraction(config["dropout"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--run {folder}: expected a run folder with config.json "
-                        f"({error})") from None
+def evaluate(lm: LM, tokenizer, cfg: EvalConfig, progress: str = "evaluate") -> dict:
+    """{"correct", "total", "accuracy", …} of a model on the test set of cfg.task."""
+    return scorer_of(cfg.task).score(lm, tokenizer, cfg, progress)
 
 
-def models_of_run(folder, device, dtype) -> tuple[dict, object, SimpleNamespace]:
-    """(models by name, tokenizer, configuration) of a finished run: its checkpoint and lora.pt."""
-    cfg, path = read_run(folder), Path(folder) / "lora.pt"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; the run is not finished: go on with train.py "
-                        f"--resume --out {folder}")
+def models_of_run(folder: Path, device, dtype) -> tuple[dict, object, object]:
+    """(models by name, tokenizer, configuration) of a finished run: its checkpoint, lora.pt and,
+    where its emulator has weights of its own, emulator.pt."""
+    from train import method_of, read_run                   # here: train.py imports this module
+    cfg = read_run(folder)
     full, tokenizer = load(cfg.ckpt, dtype=dtype, device=device)
-    server = baselines.module_of(cfg.method).Server(full, None, cfg)
+    server = method_of(cfg.method).Server(full, None, cfg)
+    learnt = {"learnt": read_saved(folder / "lora.pt")}
+    if server.emulator:
+        learnt["emulator"] = read_saved(folder / "emulator.pt")
     try:
-        server.load_state_dict({"learnt": read_saved(path)})
-    except Exception as error:  # a damaged file raises nearly anything
-        raise UserError(f"{path}: not what this run learnt ({str(error)[:120]})") from None
+        server.load_state_dict(learnt)
+    except (AssertionError, LookupError, RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: lora.pt is not what this run learnt ({str(error)[:120]})"
+                        ) from None
     return server.models(), tokenizer, cfg
-
-
-def export(lm, folder: Path, form: str, source: str):
-    """A model as files for other tools. The folder appears once all of it is written."""
-    state, config = {}, None
-    if isinstance(lm, LM):                                              # FedPT's proxy is two
-        state, config = merged(lm), replace(lm.config, n_layers=len(lm.layers))
-    with torch.device("meta"):
-        if not config or state.keys() != LM.empty(config).state_dict().keys():
-            raise UserError("--export: this method's result is not a LLaMA's weights, so no other "
-                            "tool could load it")
-    if form == "peft" and (not lora_tensors(lm) or config != lm.config):
-        raise UserError("--format peft: needs LoRA on the whole model, such as adapfu's; take hf "
-                        "or meta")
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)                         # of an export that was killed
-    try:
-        part.mkdir(parents=True)
-        if form == "peft":
-            write_peft(part, lm, source)
-        else:
-            write_checkpoint(part, state, config, Path(source), form)
-        part.rename(folder)
-    except OSError as error:
-        raise UserError(f"--export {folder}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    print(f"{folder}: written as {form}", file=sys.stderr)
 
 
 # ---- command line -------------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
+@dataclass(frozen=True)
+class Command(EvalConfig):
+    """Every flag of eval.py."""
+    run: str | None = option(None, "run folder of train.py")
+    model: str = option("adapfu", "which of the run's models")
+    ckpt: str | None = option(None, "checkpoint folder; default the bundled one")
+    prompt: str | None = option(None, "print the greedy completion of this text, and nothing else")
+    export: str | None = option(None, "write the model to this new folder for other tools")
+    format: str = option("hf", "merged weights, or LoRA alone", choices=("hf", "meta", "peft"))
+    dtype: str = option("auto", "bf16 on CUDA, else fp32", choices=("auto", "fp32", "bf16", "fp16"))
+    device: str = option("auto", "cpu, cuda, cuda:1, …")
+    threads: int = option(0, "CPU threads (0: all cores)", most=4096)
+    json: bool = option(False, "print one JSON object")
 
 
 def main_guard(main):
@@ -193,130 +287,72 @@ def main_guard(main):
         sys.exit(130)
 
 
-def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
-    add = parser.add_argument
-    add("--run", help="run folder of train.py")
-    add("--model", default="adapfu", help="which of the run's models (default adapfu)")
-    add("--ckpt", help="checkpoint folder (default: the bundled one)")
-    add("--task", choices=TASKS, help="default: the run's")
-    add("--data-dir", help="data folder (default: the run's, or the bundled one)")
-    add("--limit", type=int, default=0,
-        help="first N test examples, of each programming language; N of each question-answering "
-        "scenario, spread over it (0: all)")
-    add("--shots", type=int, help="worked examples in the prompt, for question answering 5 at most "
-        "(default: 0 for the bundled model, else 8)")
-    add("--prompt", help="print the greedy completion of this text, and nothing else")
-    add("--max-new-tokens", type=int, default=0, help="0: the task's (GSM8K 256)")
-    add("--predictions", help="score this JSONL file instead of a model")
-    add("--samples", type=int, help="programs a problem (default the paper's 20; bundled model: 1)")
-    add("--temperature", type=float, help="of the samples (default the paper's 0.1; one: greedy)")
-    add("--top-k", type=int, default=40, help="sample among so many pieces (default 40; 0: all)")
-    add("--top-p", type=float, default=0.75,
-        help="and among those that hold this probability (default 0.75; both are the paper's)")
-    add("--k", type=int, default=0, help="of pass@k (default 1, and 10 where there are 10 samples)")
-    add("--run-code", action="store_true", help="run the samples, each in a sandbox, to score them")
-    add("--unsafe-no-sandbox", action="store_true",
-        help="with --run-code: where no sandbox works, run them without one")
-    add("--save-predictions", help="keep the samples in this file, as --predictions reads it")
-    add("--export", help="write the model (--run's or --ckpt's) to this new folder for other tools")
-    add("--format", choices=("hf", "meta", "peft"), default="hf",
-        help="merged weights, or LoRA alone (default hf)")
-    add("--batch-size", type=int, default=64, help="sequences generated at a time")
-    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
-    add("--device", default="auto")
-    add("--threads", type=int, default=0, help="CPU threads (0: all cores)")
-    add("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(validate=0, seed=0)
-    args = parser.parse_args(argv)
-    args.samples = (20 if args.ckpt else 1) if args.samples is None else args.samples
-    check(args, parser.error)
-    return args
-
-
-def check(args, refuse):
-    for name, least in (("limit", 0), ("max_new_tokens", 0), ("threads", 0), ("k", 0), ("top_k", 0),
-                        ("batch_size", 1), ("samples", 1)):
-        if getattr(args, name) < least:
-            refuse(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
-    if (args.temperature or 0) < 0 or not 0 < args.top_p <= 1:
-        refuse(f"--temperature {args.temperature} --top-p {args.top_p}: expected 0 or more, and "
-               f"above 0 up to 1")
-    if args.k > args.samples and not args.predictions:
-        refuse(f"--k {args.k}: pass@k needs k samples of each problem; --samples is {args.samples}")
+def parse_args(argv=None) -> Command:
+    given = vars(Parser(__doc__, Command).parse_args(argv))
+    args = checked(Command, given)
+    samples = args.samples or (20 if args.ckpt else 1)
+    if args.k > samples and not args.predictions:
+        raise UserError(f"--k {args.k}: pass@k needs k samples of each problem; --samples is "
+                        f"{samples}")
+    if args.top_p == 0:
+        raise UserError("--top-p 0: expected a share above 0, for example 0.75")
     there = args.export and Path(args.export)
     if there and there.exists() and not (there.is_dir() and not any(there.iterdir())):
-        refuse(f"--export {there}: exists already and is not empty; choose another name")
+        raise UserError(f"--export {there}: exists already and is not empty; choose another name")
     if args.run and args.ckpt:
-        refuse("--run and --ckpt: a run knows its checkpoint; give one of the two")
+        raise UserError("--run and --ckpt: a run knows its checkpoint; give one of the two")
+    return replace(args, samples=samples)
 
 
-def complete(lm: LM, tokenizer, args) -> str:
+def complete(lm: LM, tokenizer, args: Command) -> str:
     """Greedy completion of raw text after BOS, no template."""
-    prompt = [tokenizer.bos] + tokenizer.encode(args.prompt)
-    ids = generate(lm, [prompt], args.max_new_tokens or 64, tokenizer.eos)[0]
+    prompt = [tokenizer.bos] + tokenizer.encode(clean_text(args.prompt))
+    ids = generate(lm, [prompt], args.max_new_tokens or 64, tokenizer.ends)[0]
     text, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + ids)
     return whole[len(text):]                # decoded together: the first piece keeps its space
 
 
-def score_predictions(task: str, data_dir, args) -> dict:
-    if task == "gsm8k":
-        return score_gsm8k_predictions(args.predictions, data_dir)
-    if task == "dolly":
-        return score_dolly_predictions(args.predictions, data_dir)
-    if not args.run_code:
-        raise UserError("--predictions of rosetta: scoring runs a model's programs; add --run-code "
-                        "if that is wanted")
-    return score_code(args.predictions, data_dir, args.k, unsafe=args.unsafe_no_sandbox)
+def loaded(args: Command) -> tuple[LM, object, Command, str]:
+    """(model, tokenizer, args with what the run or checkpoint suggests, the checkpoint's path)."""
+    device = pick_device(args.device)
+    dtype = None if args.export and args.dtype == "auto" else pick_dtype(args.dtype, device)
+    if args.run:
+        models, tokenizer, cfg = models_of_run(Path(args.run), device, dtype)
+        if args.model not in models:
+            raise UserError(f"--model {args.model}: a {cfg.method} run has {', '.join(models)}")
+        lm, suggested = models[args.model], (cfg.ckpt, cfg.task, cfg.data_dir, cfg.shots)
+    else:
+        lm, tokenizer = load(args.ckpt or BUNDLED_CKPT, dtype=dtype, device=device)
+        suggested = str(args.ckpt or BUNDLED_CKPT), None, str(BUNDLED_DATA), 8 if args.ckpt else 0
+    ckpt, task, data_dir, shots = suggested
+    args = replace(args, task=args.task or task, data_dir=args.data_dir or data_dir,
+                   shots=shots if args.shots is None else args.shots)
+    return lm, tokenizer, args, ckpt
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     if args.predictions:
-        task = args.task or "gsm8k"
-        report(score_predictions(task, args.data_dir or BUNDLED_DATA, args), task, args)
-        return 0
-    device = pick_device(args.device)
-    dtype = None if args.export and args.dtype == "auto" else pick_dtype(args.dtype, device)
-    if args.run:
-        models, tokenizer, cfg = models_of_run(args.run, device, dtype)
-        if args.model not in models:
-            raise UserError(f"--model {args.model}: a {cfg.method} run has {', '.join(models)}")
-        lm, args.task = models[args.model], args.task or cfg.task
-        args.data_dir = args.data_dir or cfg.data_dir
-        args.shots = cfg.shots if args.shots is None else args.shots
-    else:
-        lm, tokenizer = load(args.ckpt or BUNDLED_CKPT, dtype=dtype, device=device)
-        args.data_dir = args.data_dir or BUNDLED_DATA
-        args.shots = (8 if args.ckpt else 0) if args.shots is None else args.shots
+        args = replace(args, task=args.task or "gsm8k", data_dir=args.data_dir or str(BUNDLED_DATA))
+        return show(scorer_of(args.task).score_predictions(args), args)
+    if not (args.task or args.run or args.prompt is not None or args.export):
+        raise UserError(f"--task: expected one of {', '.join(TASKS)} (or --prompt, --run, "
+                        f"--predictions)")
+    lm, tokenizer, args, ckpt = loaded(args)
     if args.export:
-        source = cfg.ckpt if args.run else str(args.ckpt or BUNDLED_CKPT)
-        export(lm, Path(args.export).resolve(), args.format, source)
+        room("extras.huggingface").export(lm, Path(args.export).absolute(), args.format, ckpt)
         return 0
     if args.prompt is not None:
         print(complete(lm, tokenizer, args))
         return 0
-    if not args.task:
-        raise UserError(f"--task: expected one of {', '.join(TASKS)} (or --prompt, --run, "
-                        f"--predictions)")
-    report(evaluate(lm, tokenizer, args.task, args, args.task), args.task, args)
+    scorer_of(args.task).prepare(args)
+    return show(evaluate(lm, tokenizer, args, args.task), args)
+
+
+def show(result: dict, args: Command) -> int:
+    print(json.dumps(result)) if args.json else scorer_of(args.task).report(result)
     return 0
-
-
-def report(result: dict, task: str, args):
-    if args.json:
-        print(json.dumps(result))
-    elif task == "dolly":
-        print_scenarios(result)
-    elif task == "rosetta" and "metric" not in result:
-        print_languages(result)
-    else:
-        metric = f" ({result['metric']})" if "metric" in result else ""
-        print(f"{task}: {result['correct']} of {result['total']} correct, accuracy "
-              f"{result['accuracy']:.2%}{metric}")
-        print_languages(result.get("languages", {}))
 
 
 if __name__ == "__main__":

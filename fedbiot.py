@@ -1,14 +1,15 @@
 """FedBiOT: Wu, Li, Li, Ding, Gao, KDD 2024 (doi 10.1145/3637528.3671897).
 
-Read from the end: `federate` is Algorithm 2.
+Read from the end: `federate` is Algorithm 2. Equations are numbered as the paper prints them:
 
-    layer_extract            Algorithm 1      which layers the emulator keeps, which are the adapter
-    linear_cross_entropy     Eq. 6  (F_m)     the client's loss on response tokens
-    proximal                 Eq. 8-10         the client's epsilon-term, on reconstructed matrices
-    linear_kl, Server.align  Eq. 3-5, 7       L2 at the adapter's input + lambda KL of the outputs
-    Client.update            Algorithm 2, 8-15    K local steps on the adapter's LoRA
-    Server.aggregate         Eq. 11, line 16  weighted average
-    Server, Client, Wire, accepted, federate  the protocol that every method here shares
+    layer_extract                   Algorithm 1     the emulator's and the adapter's layers
+    linear_cross_entropy            Eq. 1           F_m, a client's loss
+    Server.alignment_losses         Eq. 3, 4        ||E(x) - E*(x)||^2, KL(full || compressed)
+    Server.align_weights            Eq. 5           before round 1: over all weights of E
+    Client.loss, proximal           Eq. 6           F_m + epsilon/2 ||w_A - w_A^(t)||^2
+    Server.align                    Eq. 7           between rounds: over the LoRA of E
+    Client.update                   Eq. 8-10        K local steps, lines 8-15 of Algorithm 2
+    Server.aggregate, federate      Eq. 2, 11       sum_m p_m A_m, line 16; the rounds
 
 E* = the original layers that the emulator E stands for (they stay at the server); A = adapter.
 """
@@ -16,20 +17,24 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from statistics import mean, median_low
+from statistics import fmean, median_low
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lora import add_lora, copy_into, lora_tensors
+from lora import add_lora, copy_into, lora_tensors, twin_blocks
 from model import LM, ModelConfig, UserError
 
 Payload = dict[str, Tensor]
-SERVER = 1 << 20            # stands for the server where randomness asks for a client's number
+SERVER = 1 << 20            # the server's number in random keys (seed, round, client)
+MOST_EXAMPLES = 10**9       # that a client may claim to have
+MOST_LOSS = 1e6             # that a client may report
 
 
 def option(default, text, **extra):
@@ -46,8 +51,14 @@ class Config:
     batch_size: int = option(10, "examples a step, clients and server")
     align_init: int = option(500, "alignment steps before the first round")
     align_steps: int = option(10, "alignment steps between rounds (E)")
+    # DIFFERS: section 3.1 and Eq. 5 tune all weights of E before round 1, section 4.1 and the
+    # authors' code its LoRA alone. Both readings are here.
+    align_init_on: str = option("lora", "what the steps before round 1 tune: the emulator's "
+                                "weights (Eq. 5) or its lora", choices=("weights", "lora"))
+    # PAPER SILENT: the learning rate of the alignment, and the schedule of its first steps.
+    align_init_lr: float = option(1e-3, "peak learning rate of --align-init-on weights")
+    server_lr: float = option(1e-4, "learning rate of the alignment of the emulator's LoRA")
     lr: float = option(1e-4, "learning rate of the clients (eta); the paper searches 1e-5..1e-4")
-    server_lr: float = option(1e-4, "learning rate of the alignment")
     # PAPER SILENT: lambda and epsilon come from a grid search whose result is not given.
     kl_weight: float = option(1.0, "weight of the KL in the alignment (lambda)")
     prox: float = option(0.01, "weight of the clients' pull towards what was broadcast (epsilon)")
@@ -61,10 +72,15 @@ class Config:
     align_renew: bool = option(False, "a new alignment optimizer every round (authors' code)")
     max_update_norm: float = option(10.0, "reject an upload that moved this many times further "
                                           "than the round's median (0: none)")
-    client_timeout: float = option(0.0, "seconds after which a round goes on without a client's "
-                                        "upload (0: it waits); for torchrun")
+    client_timeout: float = option(0.0, "seconds of a client's own work after which a round goes "
+                                        "on without its upload (0: it waits); for torchrun")
     uniform_weights: bool = option(False, "average uploads uniformly, as in the authors' code")
     seed: int = option(0, "seed of everything")
+
+
+@dataclass(frozen=True)
+class NoFlags:
+    """The flags of a method that has none of its own."""
 
 
 # ---- Algorithm 1 --------------------------------------------------------------------------------
@@ -233,11 +249,19 @@ def proximal(pairs, scale: float) -> Tensor:
 
 
 # ---- Algorithm 2 --------------------------------------------------------------------------------
+# Server and Client meet through payloads alone, dicts of tensors. A server holds all that is learnt.
+# A client may keep tensors that it was sent, and nothing that it made (no optimizer, no generator):
+# so a wire may give any client any shard, or build a client anew from `bootstrap` and a whole
+# broadcast. Only FedTT+ broadcasts less than all; its clients refuse what has a gap.
 
 def generator(*key: int) -> torch.Generator:
     """Randomness is a function of (seed, round, client, ...): nothing to save, nothing shared."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> 1))
+
+
+def detached(tensors: Mapping[str, Tensor]) -> Payload:
+    return {name: p.detach() for name, p in tensors.items()}
 
 
 def weights_of(lm: LM) -> Payload:
@@ -256,29 +280,35 @@ def lm_from(payload: Payload, device="cpu") -> LM:
     return lm.take({name: payload[name].to(device) for name in lm.state_dict() if name in payload})
 
 
-def adapter_input_and_output(lm: LM, tokens: Tensor, rows: Tensor, first: int):
-    """What enters layer `first` and what the head reads, at `rows` (N,) of tokens (B, T):
-    (N, D) twice."""
-    x = lm.tok_embeddings(tokens)
-    rope = lm.rope(torch.arange(tokens.shape[1], device=tokens.device))
-    *_, last = lm.layers
-    for i, block in lm.layers.items():
-        if int(i) == first:
-            entered = x.flatten(0, 1)[rows]
-        x = block(x, rope, rows=rows if i == last else None)
-    return entered, lm.norm(x)
-
-
 class Server:
     """Owns the whole LLM and the public data; clients get the emulator and the adapter."""
 
+    no_use = frozenset()                        # shared flags that mean nothing to the method
+    Flags = NoFlags                             # the method's own flags, with defaults and help
+    period = 1                                  # rounds after which the sizes of payloads repeat
+
+    @staticmethod
+    def defaults(method: str, bundled: bool) -> dict:
+        """Values of shared flags that the method sets otherwise than train.py does."""
+        return {}
+
     def __init__(self, full: LM, public, cfg):
-        self.full, self.public, self.cfg = full, public, cfg
-        emulator, self.adapter = self.split(full.config.n_layers, cfg)
-        compressed = full.with_layers({i: full.layers[str(i)] for i in emulator + self.adapter})
+        self.full, self.public, self.cfg, self.measured = full, public, cfg, {}
+        self.kept, self.adapter = self.split(full.config.n_layers, cfg)
+        self.cut = self.adapter[-cfg.adapter]                       # the first layer on top of E
+        blocks = twin_blocks(full.with_layers({i: full.layers[str(i)]
+                                               for i in self.kept + self.adapter}))
+        self.aligned = cfg.align_init_on != "weights"               # Eq. 5: E has weights of its own
+        for i in () if self.aligned else self.kept:
+            own = {n: p.to(torch.float32, copy=True) for n, p in blocks[i].state_dict().items()}
+            blocks[i].load_state_dict(own, assign=True)
         rng = generator(cfg.seed, 0, SERVER)
-        self.student = add_lora(compressed, cfg.rank, cfg.alpha, rng).requires_grad_(False)
-        self.emulated = lora_tensors(self.student, emulator)            # LoRA of E: trained here
+        self.student = add_lora(full.with_layers(blocks), cfg.rank, cfg.alpha, rng)
+        self.student.requires_grad_(False)
+        self.emulator = {} if self.aligned else {
+            f"layers.{i}.{n}": p for i in self.kept
+            for n, p in self.student.layers[str(i)].named_parameters() if ".lora_" not in n}
+        self.emulated = lora_tensors(self.student, self.kept)           # LoRA of E: trained here
         self.tuned = lora_tensors(self.student, self.adapter)           # LoRA of A: averaged here
         for p in self.emulated.values():
             p.requires_grad_()
@@ -286,17 +316,22 @@ class Server:
         layers |= {i: self.student.layers[str(i)] for i in self.adapter}
         self.teacher = full.with_layers(layers)                         # E* and A
         self.optimizer = self.new_optimizer()
-        self.metrics = {}
 
-    split = staticmethod(lambda n, cfg: layer_extract(n, cfg.adapter, cfg.dropout))
+    @staticmethod
+    def split(n: int, cfg) -> tuple[list[int], list[int]]:
+        return layer_extract(n, cfg.adapter, cfg.dropout)
 
     def new_optimizer(self):
         # PAPER SILENT: whether its state lives on between rounds. It does, unless --align-renew.
         return torch.optim.AdamW(self.emulated.values(), lr=self.cfg.server_lr, betas=(0.9, 0.95))
 
     def bootstrap(self) -> Payload:
-        """Once: the frozen tensors of E and A, embeddings, norm and head. No dropped layer."""
-        return weights_of(self.student)
+        """Once: the frozen tensors of E and A, embeddings, norm and head. No dropped layer, and
+        with --align-init-on weights none of the original's layers below the adapter (section 2.2).
+        """
+        if not self.aligned:
+            self.align_weights(self.cfg.align_init)
+        return weights_of(self.student)                                 # ABLATE: what is shipped
 
     def broadcast(self, t: int) -> Payload:
         """Lines 3-7: re-align E with E*, then send the LoRA of E and A.
@@ -304,66 +339,106 @@ class Server:
         PAPER SILENT: Algorithm 2 aligns E steps in every round, the text 500 once and E between
         rounds; so: align_init before round 0, align_steps before the others, none after the last.
         """
-        self.align(t, self.cfg.align_steps if t else self.cfg.align_init)
-        return {name: p.detach() for name, p in (self.emulated | self.tuned).items()}
+        init = self.cfg.align_init if self.cfg.align_init_on == "lora" else 0
+        self.align(t, self.cfg.align_steps if t else init)
+        return detached(self.emulated | self.tuned)                     # ABLATE: what is shipped
 
     def align(self, t: int, steps: int):
-        """Eq. 3-5, 7: AdamW on the LoRA of E; the current adapter sits frozen in both models."""
-        cfg, losses = self.cfg, []
-        if cfg.align_renew:
+        """Eq. 7: AdamW on the LoRA of E; the current adapter sits frozen in both models."""
+        if self.cfg.align_renew:
             self.optimizer = self.new_optimizer()
-        batches = self.public.batches(steps, cfg.batch_size, (cfg.seed, t, SERVER))
+        self.descend(t, steps, self.optimizer)
+
+    def align_weights(self, steps: int):
+        """Eq. 5: AdamW on all matrices and norms of E, kept in fp32 meanwhile; then they are frozen
+        in the checkpoint's dtype. LoRA of E is zero in these steps and comes in afterwards."""
+        cfg, weights, warm_up = self.cfg, [*self.emulator.values()], 20
+        optimizer = torch.optim.AdamW(weights, lr=cfg.align_init_lr, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda k: min((k + 1) / warm_up, (steps - k) / max(steps - warm_up, 1)))
+        for p in (*self.emulated.values(), *weights):
+            p.requires_grad_(not p.requires_grad)
+        self.descend(0, steps, optimizer, schedule)
+        self.freeze({name: p.detach() for name, p in self.emulator.items()})
+
+    def freeze(self, weights: Payload):
+        """E's own weights become `weights`, rounded to the checkpoint's dtype."""
+        stored, dtype = self.full.stored, self.full.output.weight.dtype
+        assert weights.keys() == self.emulator.keys(), "freeze: other layers than the emulator's"
+        for name, p in self.emulator.items():
+            assert p.shape == weights[name].shape, f"freeze: another shape of {name}"
+            p.data = weights[name].to(p.device, stored or dtype).to(dtype)
+            p.grad = None
+            p.requires_grad_(False)
+        for p in self.emulated.values():
+            p.requires_grad_()
+        self.aligned = True
+
+    def descend(self, t: int, steps: int, optimizer, schedule=None):
+        """`steps` steps of `optimizer` on the alignment's losses, on batches of the public data."""
+        cfg, losses, device = self.cfg, [], self.full.output.weight.device
+        batches = self.public.batches(steps, cfg.batch_size, (cfg.seed, t, SERVER)) if steps else ()
         for batch in tqdm(batches, "align", steps, leave=False, disable=None):
-            batch = batch.to(self.full.output.weight.device)
-            l2, kl = self.alignment_losses(batch)
-            self.optimizer.zero_grad()
-            (l2 + cfg.kl_weight * kl).backward()                        # Eq. 3
-            self.optimizer.step()
-            losses.append(torch.stack((l2.detach(), kl.detach())))
-        if losses:
-            l2, kl = torch.stack(losses[-10:]).mean(0).tolist()
-            if not math.isfinite(l2 + kl):
-                raise UserError(f"round {t + 1}: the alignment's loss is L2 {l2}, KL {kl}; "
-                                f"try a smaller --server-lr")
-            self.metrics = {"align_l2": l2, "align_kl": kl}             # mean of the last ten steps
+            terms = self.alignment_losses(batch.to(device))
+            optimizer.zero_grad()
+            sum(weight * value for weight, value in terms.values()).backward()
+            optimizer.step()
+            if schedule:
+                schedule.step()
+            losses.append(torch.stack([value.detach() for _, value in terms.values()]))
+        if losses:                                                      # mean of the last ten steps
+            found = dict(zip(terms, torch.stack(losses[-10:]).mean(0).tolist()))
+            if not all(map(math.isfinite, found.values())):
+                raise UserError(f"round {t + 1}: the alignment's losses are {found}; try a smaller "
+                                f"--server-lr or --align-init-lr")
+            self.measured = {f"align_{name}": value for name, value in found.items()}
 
-    def alignment_losses(self, batch) -> tuple[Tensor, Tensor]:
-        """Eq. 4, 5: (||E(x) - E*(x)||^2, KL(teacher || student)), means over the answer's tokens.
+    def alignment_losses(self, batch) -> dict[str, tuple[float, Tensor]]:
+        """Name: (weight, value) of every term. The names reach log and picture by themselves.
 
+        Eq. 3, ||E(x) - E*(x)||^2, and Eq. 4, KL(teacher || student), whose weighted sum is what
+        Eq. 5 and 7 minimise.  ABLATE: the alignment's losses
         DIFFERS: the L2 is divided by the teacher's mean square, so that lambda and the learning
-        rates carry over between model sizes; --align-norm none is the literal equation.
+        rates carry over between model sizes; --align-norm none is the literal Eq. 3.
+        PAPER SILENT: means are over the answers' tokens of a batch, so a long answer weighs more.
         """
         rows, weights = batch.rows, batch.weights
         if self.cfg.align_tokens == "all":
             rows = torch.arange(batch.tokens.numel(), device=batch.tokens.device)
             weights = torch.full(rows.shape, 1 / len(rows), device=rows.device)
-        cut = self.adapter[-self.cfg.adapter]                       # the first layer on top of E
+        W, dtype = self.full.output.weight, self.full.output.weight.dtype
         with torch.no_grad():
-            target, h_teacher = adapter_input_and_output(self.teacher, batch.tokens, rows, cut)
-        entered, h_student = adapter_input_and_output(self.student, batch.tokens, rows, cut)
+            target, h_teacher = self.teacher.hidden(batch.tokens, rows=rows, tap=self.cut)
+        with torch.autocast(W.device.type, dtype, enabled=not (self.aligned or W.dtype.itemsize == 4)):
+            entered, h_student = self.student.hidden(batch.tokens, rows=rows, tap=self.cut)
         l2 = (weights * (entered.float() - target.float()).square().sum(-1)).sum()
         if self.cfg.align_norm == "rms":
             l2 = l2 / (weights * target.float().square().sum(-1)).sum()
-        return l2, linear_kl(h_student, h_teacher, self.full.output.weight, weights)
+        return {"l2": (1.0, l2),
+                "kl": (self.cfg.kl_weight, linear_kl(h_student, h_teacher, W, weights))}
 
     def expected(self, t: int) -> Payload:
         """An upload that learnt nothing: what `accepted` holds the others against."""
-        return {name: p.detach() for name, p in self.tuned.items()}
+        return detached(self.tuned)
 
-    def aggregate(self, t: int, uploads: list[Payload], weights: list[float]):
+    def aggregate(self, t: int, uploads: list[Payload], weights: list[float]) -> dict[str, float]:
         """Eq. 11, line 16: A <- sum_m p_m A_m, p_m = |D_m| / |D| over those who took part.
 
-        A and B are averaged apart; mean(B) mean(A) is not mean(B A).
+        A and B are averaged apart; mean(B) mean(A) is not mean(B A).  ABLATE: aggregation
+        Returns what the server has measured since the last aggregation, for the log.
         """
         total = sum(weights)
         for name, p in self.tuned.items():
             p.copy_(sum(w / total * up[name].to(p.device) for up, w in zip(uploads, weights)))
+        measured, self.measured = self.measured, {}
+        return measured
 
     def models(self) -> dict[str, LM]:
         return {"base": self.full, "adapemu": self.student, "adapfu": self.teacher}
 
     def state_dict(self) -> dict:
-        """`learnt` is what lora.pt holds."""
+        """What the rounds change; `learnt` is what lora.pt holds. (`emulator` changes before them.)
+        """
         learnt = {name: p.detach().cpu() for name, p in (self.emulated | self.tuned).items()}
         return {"learnt": learnt, "optimizer": self.optimizer.state_dict()}
 
@@ -371,10 +446,12 @@ class Server:
         copy_into(self.emulated | self.tuned, state["learnt"])
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
+        if self.emulator:
+            self.freeze(state["emulator"])
 
 
 class Client:
-    """Knows what it was handed: E and A. Stateless between rounds."""
+    """Knows what it was handed: E and A. It keeps nothing of its own between rounds."""
 
     def __init__(self, bootstrap: Payload, cfg, device="cpu"):
         self.cfg = cfg
@@ -390,51 +467,72 @@ class Client:
         return list(range(lm.config.n_layers - cfg.adapter, lm.config.n_layers))
 
     def update(self, t: int, payload: Payload, examples, m: int) -> tuple[Payload, dict]:
-        """Lines 8-15: K steps of AdamW on F_m + epsilon/2 ||w_A - w_A^(t)||^2, over the LoRA of A.
+        """Lines 8-15: K steps of AdamW on Eq. 6 over the LoRA of A; the upload, and F_m's mean.
 
-        Nothing below the adapter needs a gradient, so autograd keeps no activation of the emulator.
+        Eq. 8: all starts from the broadcast. Eq. 9: nothing below the adapter needs a gradient, so
+        autograd keeps no activation of the emulator.
         """
-        cfg, W, losses = self.cfg, self.lm.output.weight, []
-        copy_into(self.received, payload)
-        pairs = self.proximal_pairs({name: p.detach().clone() for name, p in self.tuned.items()})
-        # PAPER SILENT: the betas; as the alignment's. New in every round: a client keeps nothing.
+        cfg, losses = self.cfg, []
+        copy_into(self.received, payload)                                               # Eq. 8
+        sent = {name: p.detach().clone() for name, p in self.tuned.items()}
+        # PAPER SILENT: whether its state lives on. It does not: a client keeps nothing.
         optimizer = torch.optim.AdamW(self.tuned.values(), lr=cfg.lr, betas=(0.9, 0.95))
         for batch in examples.batches(cfg.local_steps, cfg.batch_size, (cfg.seed, t, m)):
-            batch = batch.to(W.device)
-            h = self.lm.hidden(batch.tokens, rows=batch.rows)       # (N, D): answer's tokens only
-            loss = linear_cross_entropy(h, W, batch.targets, batch.weights)             # Eq. 6
+            loss = self.loss(batch.to(self.lm.output.weight.device))
             losses.append(loss.detach())
             if cfg.prox:
-                loss = loss + cfg.prox / 2 * proximal(pairs, cfg.alpha / cfg.rank)      # Eq. 8-10
+                loss = loss + cfg.prox / 2 * proximal(self.pairs(sent), cfg.alpha / cfg.rank)
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        mean = torch.stack(losses).mean().item()
-        if not math.isfinite(mean):
-            raise UserError(f"round {t + 1}, client {m}: the loss is {mean}; "
-                            f"try a smaller --lr, or --dtype fp32")
-        return {name: p.detach().clone() for name, p in self.tuned.items()}, {"loss": mean}
+            loss.backward()                                                             # Eq. 9
+            optimizer.step()                                                            # Eq. 10
+        upload = {name: p.detach().clone() for name, p in self.tuned.items()}
+        return upload, {"loss": torch.stack(losses).mean().item()}
 
-    def proximal_pairs(self, sent: Payload) -> list[tuple[Tensor, ...]]:
+    def loss(self, batch) -> Tensor:
+        """Eq. 1: F_m on a batch, a scalar.  ABLATE: the client's loss"""
+        h = self.lm.hidden(batch.tokens, rows=batch.rows)           # (N, D): answer's tokens only
+        return linear_cross_entropy(h, self.lm.output.weight, batch.targets, batch.weights)
+
+    def pairs(self, sent: Payload) -> list[tuple[Tensor, ...]]:
         """(B, A, B0, A0) of every tuned matrix; B0 and A0 are what was broadcast."""
         stems = [name.removesuffix("A") for name in self.tuned if name.endswith("lora_A")]
         return [(*(self.tuned[s + x] for x in "BA"), *(sent[s + x] for x in "BA")) for s in stems]
 
+    def macs_per_token(self) -> int:
+        """Table 5's cost of a token, (L + L_bp - 1) P multiplications with addition (the paper's
+        GFLOP are GMAC): L layers at the client, L_bp of them crossed by the backward pass, P a
+        layer's matrices and what is tuned in it. Norms, head and attention scores do not count."""
+        sizes = {i: sum(p.numel() for n, p in block.named_parameters() if "norm" not in n)
+                 for i, block in self.lm.layers.items()}
+        lowest = min(int(name.split(".")[1]) for name in self.tuned)
+        crossed = sum(int(i) >= lowest for i in sizes)
+        return (len(sizes) + crossed - 1) * max(sizes.values())
+
+
+# ---- rounds -------------------------------------------------------------------------------------
 
 def payload_bytes(payload: Payload) -> int:
     return sum(t.numel() * t.element_size() for t in payload.values())
 
 
-class Wire:
-    """Between server and clients, all in one process, one client after the other. Counts bytes."""
+class Exchange(NamedTuple):
+    """What a round brought: (upload, metrics) by client, and the bytes of every payload."""
+    results: dict[int, tuple[Payload, dict]]
+    down: list[int]
+    up: list[int]
 
-    def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> dict:
-        """{client: (upload, metrics)} of those who were `chosen`."""
-        bar = tqdm(chosen, f"round {t + 1}", leave=False, disable=None)
-        results = {m: client.update(t, payload, shards[m], m) for m in bar}
-        self.down = [payload_bytes(payload) for _ in chosen]
-        self.up = [payload_bytes(upload) for upload, _ in results.values()]
-        return results
+
+class Wire:
+    """Between server and clients, all in one process, one client after the other."""
+
+    def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> Exchange:
+        """The work of those who were `chosen`. `examples` is what p_m of Eq. 2 is made of."""
+        results = {}
+        for m in tqdm(chosen, f"round {t + 1}", leave=False, disable=None):
+            upload, metrics = client.update(t, payload, shards[m], m)
+            results[m] = upload, metrics | {"examples": len(shards[m])}
+        up = [payload_bytes(upload) for upload, _ in results.values()]
+        return Exchange(results, [payload_bytes(payload) for _ in chosen], up)
 
 
 def choose_clients(cfg, clients: int, t: int) -> list[int]:
@@ -456,38 +554,50 @@ def misfit(upload: Payload, expected: Payload) -> str:
     return ""
 
 
-def moved(upload: Payload, expected: Payload) -> float:
-    """How far an upload is from what was sent: a norm over its floats, in fp64: none overflows."""
-    steps = (upload[name].to(like.device).double() - like.double()
-             for name, like in expected.items() if like.is_floating_point())
-    return math.sqrt(sum(step.square().sum().item() for step in steps))
+def implausible(metrics: dict) -> str:
+    """Why what a client reports cannot be used; "": it can."""
+    loss, examples = metrics.get("loss"), metrics.get("examples")
+    if type(loss) not in (int, float) or not abs(loss) <= MOST_LOSS:        # NaN compares false
+        return (f"its loss is {loss!r:.40}, expected a number up to {MOST_LOSS:g}; try a smaller "
+                f"--lr, or --dtype fp32")
+    if type(examples) is not int or not 1 <= examples <= MOST_EXAMPLES:
+        return f"it claims {examples!r:.40} examples, expected 1..{MOST_EXAMPLES:,}"
+    return ""
+
+
+def distances(uploads: list[Payload], expected: Payload) -> list[float]:
+    """How far every upload is from what was sent: a norm over its floats in fp64, which none of
+    them overflows. The host reads once for all of them."""
+    floats = [name for name, like in expected.items() if like.is_floating_point()]
+    norms = [torch.stack([(upload[n].to(expected[n].device).double() - expected[n].double())
+                          .square().sum() for n in floats]).sum().sqrt() for upload in uploads]
+    return torch.stack(norms).tolist() if norms else []
 
 
 def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[Payload, dict]]:
-    """The results that count, and one line for each that does not."""
-    reasons = {m: misfit(upload, expected) for m, (upload, _) in results.items()}
-    norms = {m: moved(upload, expected) for m, (upload, _) in results.items() if not reasons[m]}
-    for m in norms:
-        loss = results[m][1].get("loss")
-        if not (math.isfinite(norms[m]) and isinstance(loss, float) and math.isfinite(loss)):
-            reasons[m] = "not all of its numbers are finite"
-    usual = median_low([norms[m] for m in norms if not reasons[m]] or [0.0])  # of two, the smaller
-    for m in norms:
-        if not reasons[m] and 0 < cfg.max_update_norm * usual < norms[m]:
-            reasons[m] = (f"it moved {norms[m]:.3g}, more than --max-update-norm "
-                          f"{cfg.max_update_norm:g} times the round's median {usual:.3g}")
+    """The results that count, and one line for each that does not.
+
+    DIFFERS: the paper averages whatever comes. --max-update-norm 0 leaves sizes alone.
+    """
+    reasons = {m: misfit(upload, expected) or implausible(metrics)
+               for m, (upload, metrics) in results.items()}
+    fine = [m for m in results if not reasons[m]]
+    norms = dict(zip(fine, distances([results[m][0] for m in fine], expected)))
+    reasons |= {m: "not all of its numbers are finite" for m in fine if not math.isfinite(norms[m])}
+    usual = median_low([norms[m] for m in fine if not reasons[m]] or [0.0])   # of two, the smaller
+    count = sum(like.numel() for like in expected.values() if like.is_floating_point())
+    bound = cfg.max_update_norm * max(1, 16 / count)**2     # the norm of a few numbers varies a lot
+    for m in fine:
+        if not reasons[m] and 0 < bound * usual < norms[m]:
+            reasons[m] = (f"it moved {norms[m]:.3g}, more than --max-update-norm {bound:g} times "
+                          f"the round's median {usual:.3g}")
     for m in results:
         if reasons[m]:
             print(f"round {t + 1}, client {m}: rejected, {reasons[m]}", file=sys.stderr)
     if all(reasons.values()):
-        raise UserError(f"round {t + 1}: no client's upload could be counted; "
-                        f"the last round's state is kept")
+        raise UserError(f"round {t + 1}: no client's upload could be counted; the last round's "
+                        f"state is kept")
     return {m: result for m, result in results.items() if not reasons[m]}
-
-
-def average_loss(results: dict, weights: list[float]) -> float:
-    losses = [metrics["loss"] for _, metrics in results.values()]
-    return sum(w * loss for w, loss in zip(weights, losses)) / sum(weights)
 
 
 def federate(server, client, shards, cfg, wire, first_round: int = 0):
@@ -495,14 +605,14 @@ def federate(server, client, shards, cfg, wire, first_round: int = 0):
     for t in range(first_round, cfg.rounds):
         start = time.perf_counter()
         payload = server.broadcast(t)                       # lines 3-7: align E, send A and E
-        chosen = choose_clients(cfg, len(shards), t)
-        expected = server.expected(t)
+        chosen, expected = choose_clients(cfg, len(shards), t), server.expected(t)
         # lines 8-15: K local steps of each
-        results = wire.round(t, payload, client, shards, chosen, expected)
-        results = accepted(t, results, expected, cfg)
-        weights = [1.0 if cfg.uniform_weights else float(len(shards[m])) for m in results]
-        # line 16: A <- sum p_m A_m
-        server.aggregate(t, [upload for upload, _ in results.values()], weights)
-        yield {"round": t + 1, "client_loss": average_loss(results, weights), **server.metrics,
-               "bytes_down": mean(wire.down), "bytes_up": mean(wire.up),
-               "seconds": time.perf_counter() - start}
+        found = wire.round(t, payload, client, shards, chosen, expected)
+        results = accepted(t, found.results, expected, cfg)
+        uploads, metrics = zip(*results.values())
+        weights = [1.0 if cfg.uniform_weights else float(m["examples"]) for m in metrics]
+        # line 16: A <- sum p_m A_m, p_m = |D_m| / |D| as in Eq. 2
+        measured = server.aggregate(t, uploads, weights)
+        loss = sum(w * m["loss"] for w, m in zip(weights, metrics)) / sum(weights)
+        yield {"round": t + 1, "client_loss": loss, **measured, "bytes_down": fmean(found.down),
+               "bytes_up": fmean(found.up), "seconds": time.perf_counter() - start}

@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import Tensor
 
 import fedbiot
-from fedbiot import SERVER, Payload, generator, lm_from, weights_of
+from fedbiot import SERVER, Payload, detached, generator, lm_from, weights_of
 from lora import add_lora, copy_into, lora_tensors
 from model import LM
 
@@ -23,10 +23,15 @@ def adapted(lm: LM, cfg, rng) -> tuple[LM, dict[str, Tensor]]:
 
 
 class Server(fedbiot.Server):
+    no_use = frozenset({"dropout", "adapter", "kl_weight", "prox", "align_init", "align_init_on",
+                        "align_init_lr", "align_steps", "align_renew", "align_norm",
+                        "align_tokens", "server_lr"})
+    emulator, kept = {}, []                                         # no client gets an emulator
     adapted = staticmethod(adapted)
 
     def __init__(self, full: LM, public, cfg):
-        self.full, self.public, self.cfg, self.metrics = full, public, cfg, {}
+        self.full, self.public, self.cfg, self.measured = full, public, cfg, {}
+        self.adapter = list(range(full.config.n_layers))
         self.lm, self.tuned = self.adapted(full, cfg, generator(cfg.seed, 0, SERVER))
         self.learnt = self.tuned                                    # what lora.pt will hold
 
@@ -34,7 +39,7 @@ class Server(fedbiot.Server):
         return weights_of(self.full)
 
     def broadcast(self, t: int) -> Payload:
-        return {name: p.detach() for name, p in self.tuned.items()}
+        return detached(self.tuned)
 
     def models(self) -> dict[str, LM]:
         return {"base": self.full, "full": self.lm}

@@ -12,13 +12,15 @@ that was resumed, or has more processes, is bit for bit the run that was never s
 import math
 import random
 import sys
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from baselines import fedavg
-from fedbiot import SERVER, Payload, generator, linear_cross_entropy, lm_from, weights_of
+from fedbiot import (SERVER, Payload, generator, linear_cross_entropy, lm_from, option,
+                     weights_of)
 from model import LM, UserError
 
 CLIP = 1000.0           # of |g| in Pro's history
@@ -50,11 +52,27 @@ def fp32_copy(weights: Payload, device) -> LM:
     return lm_from({name: t.clone() for name, t in weights.items()}, device).float()
 
 
+@dataclass(frozen=True)
+class Flags:
+    kseed_candidates: int = option(4096, "FedKSeed: candidate seeds (K); Pro 1024", least=1)
+    kseed_eps: float = option(5e-4, "FedKSeed: step of the two-point gradient (epsilon)",
+                              least=1e-9)
+
+
 class Server(fedavg.Server):
     """Holds w0, the accumulator and, for Pro, what each seed's |g| has been."""
 
+    Flags = Flags
+    no_use = fedavg.Server.no_use | {"rank", "alpha", "init_lora"}
+
+    @staticmethod
+    def defaults(method: str, bundled: bool) -> dict:
+        return {"local_steps": 200, "lr": 1e-3 if bundled else 3e-7,
+                "kseed_candidates": 1024 if method == "fedkseed-pro" else 4096}
+
     def __init__(self, full: LM, public, cfg):
-        self.full, self.cfg, self.metrics, K = full, cfg, {}, cfg.kseed_candidates
+        self.full, self.cfg, K = full, cfg, cfg.kseed_candidates
+        self.adapter = list(range(full.config.n_layers))
         master = torch.randint(2**31 - 1, (1,), generator=generator(cfg.seed, 0, SERVER)).int()
         self.learnt = {"seed": master, "a": torch.zeros(K),
                        "total": torch.zeros(K), "count": torch.ones(K),  # a history starts with a 0
@@ -72,7 +90,7 @@ class Server(fedavg.Server):
         tau = self.cfg.local_steps
         return {"j": torch.zeros(tau).int(), "g": torch.zeros(tau)}
 
-    def aggregate(self, t: int, uploads: list[Payload], weights: list[float]):
+    def aggregate(self, t: int, uploads: list[Payload], weights: list[float]) -> dict:
         """a_j <- a_j + sum_i lambda_i sum g, lambda_i = n_i / sum n over those who took part."""
         a, total, count = (self.learnt[name] for name in ("a", "total", "count"))
         for upload, weight in zip(uploads, weights):
@@ -80,6 +98,7 @@ class Server(fedavg.Server):
             a.index_add_(0, j, g, alpha=weight / sum(weights))
             total.index_add_(0, j, g.abs().clamp(max=CLIP))
             count.index_add_(0, j, torch.ones_like(g))
+        return {}
 
     def models(self) -> dict[str, LM]:
         tuned = fp32_copy(weights_of(self.full), self.full.output.weight.device)
@@ -100,7 +119,8 @@ class Client:
     def __init__(self, bootstrap: Payload, cfg, device="cpu"):
         self.cfg, self.given = cfg, lm_from(bootstrap, device)
         self.start, self.lm = fp32_copy(bootstrap, device), fp32_copy(bootstrap, device)
-        self.w, self.held = [*self.lm.parameters()], torch.zeros(0)
+        self.tuned, self.held = dict(self.lm.named_parameters()), torch.zeros(0)
+        self.w = [*self.tuned.values()]
 
     @torch.no_grad()
     def update(self, t: int, payload: Payload, examples, m: int) -> tuple[Payload, dict]:
@@ -122,10 +142,8 @@ class Client:
         if len(losses) < tau:
             print(f"note: round {t + 1}, client {m}: {tau - len(losses)} of {tau} steps had no "
                   f"finite loss and moved nothing", file=sys.stderr)
-        if not losses:
-            raise UserError(f"round {t + 1}, client {m}: no step had a finite loss; try a smaller "
-                            f"--lr")
-        return {"j": j.int(), "g": g}, {"loss": sum(losses) / len(losses)}
+        loss = sum(losses) / len(losses) if losses else math.nan        # NaN: `accepted` says so
+        return {"j": j.int(), "g": g}, {"loss": loss}
 
     def restart(self, payload: Payload):
         """The round's weights into `w`: the accumulator replayed from w0, whenever one joins."""
@@ -135,6 +153,11 @@ class Client:
             replay([*self.start.parameters()], a, payload["seed"].item(), self.cfg.lr)
             self.held = a
         self.lm.load_state_dict(self.start.state_dict())
+
+    def macs_per_token(self) -> int:
+        """Two forward passes and no backward, over the matrices of all layers."""
+        return 2 * sum(p.numel() for block in self.lm.layers.values()
+                       for n, p in block.named_parameters() if "norm" not in n)
 
     def loss(self, batch) -> float:
         batch = batch.to(self.w[0].device)

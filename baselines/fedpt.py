@@ -9,15 +9,20 @@ S; (5) distil z back into S on public data: KL(softmax(z) || softmax(z_S)). z_S0
 model in every round, so z_L - z_S0 is added again in each: watch `drift`, the mean ||z_S - z_S0||
 over the answers' tokens; keep the steps few, or alpha below 1.
 """
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from baselines import fedavg
 from baselines.fedavg import Client  # noqa: F401  (2): plain cross-entropy on the small LoRA
-from fedbiot import SERVER, generator, linear_kl
+from fedbiot import SERVER, generator, linear_kl, option
 from lora import copy_into
-from model import LM, load
+from model import LM, ModelConfig, UserError, load_tokenizer, load_weights
+
+BUNDLED_SMALL = Path(__file__).resolve().parent.parent / "tiny" / "small"
 
 
 class Proxy(nn.Module):
@@ -48,25 +53,48 @@ class Proxy(nn.Module):
         return self.output(self.hidden(tokens))
 
 
+@dataclass(frozen=True)
+class Flags:
+    proxy_ckpt: str = option(str(BUNDLED_SMALL), "FedPT: the small model's folder")
+    proxy_alpha: float = option(1.0, "FedPT: weight of the small model's change (alpha)")
+    proxy_steps: int = option(10, "FedPT: distillation steps after a round")
+
+
+def check_vocabularies(large: str, small: str):
+    """Logits can only be added over the same pieces."""
+    pieces = [load_tokenizer(folder, ModelConfig.read(folder)).vocabulary()
+              for folder in (large, small)]
+    if pieces[0] != pieces[1]:
+        raise UserError(f"--proxy-ckpt {small}: has other pieces than {large}; logits can only be "
+                        f"added over the same pieces")
+
+
 class Server(fedavg.Server):
     """FedAvg's, of the small model: `full` is S0, `lm` is S; `averaged` is the LoRA of (3)."""
+
+    Flags = Flags
+    no_use = fedavg.Server.no_use - {"server_lr"} | {"init_lora"}
 
     def __init__(self, full: LM, public, cfg):
         """`full` is the large model here; the small one is read from --proxy-ckpt."""
         self.large, head = full, full.output.weight
-        small, _ = load(cfg.proxy_ckpt, dtype=head.dtype, device=head.device)
+        if not head.is_meta:
+            check_vocabularies(cfg.ckpt, cfg.proxy_ckpt)
+        config = replace(ModelConfig.read(cfg.proxy_ckpt), vocab_size=full.config.vocab_size)
+        small = load_weights(cfg.proxy_ckpt, config, dtype=head.dtype, device=head.device)
         super().__init__(small, public, cfg)
+        self.adapter = []                                           # of the large model: none
         self.snapshot, self.averaged = self.adapted(small, cfg, generator(cfg.seed, 0, SERVER))
         self.learnt = self.tuned | {f"averaged.{name}": p for name, p in self.averaged.items()}
 
-    def aggregate(self, t: int, uploads, weights):
+    def aggregate(self, t: int, uploads, weights) -> dict:
         super().aggregate(t, uploads, weights)                      # (3)
         copy_into(self.averaged, self.tuned)                        # (4): frozen before (5)
-        self.distil(t)
+        return self.distil(t)
 
-    def distil(self, t: int):
+    def distil(self, t: int) -> dict:
         """(5) PAPER SILENT: temperature 1, proxy_steps steps of a new AdamW at server_lr."""
-        cfg, sums = self.cfg, torch.zeros(2)
+        cfg, found = self.cfg, []
         for p in self.tuned.values():
             p.requires_grad_()
         optimizer = torch.optim.AdamW(self.tuned.values(), lr=cfg.server_lr, betas=(0.9, 0.95))
@@ -76,10 +104,10 @@ class Server(fedavg.Server):
             optimizer.zero_grad()
             kl.backward()
             optimizer.step()
-            sums += torch.stack((kl.detach(), drift)).cpu()
+            found.append(torch.stack((kl.detach(), drift)))
         self.lm.requires_grad_(False)
-        if cfg.proxy_steps:
-            self.metrics = dict(zip(("distill_kl", "drift"), (sums / cfg.proxy_steps).tolist()))
+        means = torch.stack(found).mean(0).tolist() if found else ()
+        return dict(zip(("distill_kl", "drift"), means))
 
     def distillation_loss(self, batch) -> tuple[Tensor, Tensor]:
         """(KL(proxy || small), mean ||z_S - z_S0||) over the answers' tokens."""

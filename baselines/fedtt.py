@@ -9,15 +9,16 @@
 At rank 5, 4096 -> 64 is 1,100 parameters. The layer is LoRETTA's, of the same authors' group.
 """
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines import fedavg
-from fedbiot import Payload
+from fedbiot import Payload, detached, option
 from lora import twin_blocks
-from model import LM
+from model import LM, UserError
 
 J = 6                   # cores of a W: three factors of each side
 
@@ -32,13 +33,6 @@ def factors(d: int) -> list[int]:
 def core_shapes(d_in: int, d_out: int, rank: int) -> list[tuple[int, int, int]]:
     r = [1] + [rank] * (J - 1) + [1]
     return [*zip(r, factors(d_in) + factors(d_out), r[1:])]
-
-
-def sizes(d: int, cfg) -> tuple[int, int]:
-    """Parameters of a block's two adapters: cores, biases."""
-    width, rank = cfg.tt_bottleneck, cfg.tt_rank
-    shapes = core_shapes(d, width, rank) + core_shapes(width, d, rank)
-    return 2 * sum(map(math.prod, shapes)), 2 * (width + d) * cfg.tt_bias
 
 
 class TTLinear(nn.Module):
@@ -102,31 +96,55 @@ def active(tensors: Payload, t: int, cfg) -> Payload:
             if cfg.method == "fedtt" or ".cores." not in name or name.endswith(now)}
 
 
+def fingerprint(cores: Payload) -> Tensor:
+    """The sum of the cores' bits, int64 (1,): the same whatever the device and the order."""
+    bits = [core.view(torch.int32).sum(dtype=torch.int64) for core in cores.values()]
+    return torch.stack(bits).sum()[None]
+
+
+@dataclass(frozen=True)
+class Flags:
+    tt_rank: int = option(5, "FedTT: rank of the tensor trains", least=1)
+    tt_bottleneck: int = option(64, "FedTT: width inside an adapter", least=1)
+    tt_bias: bool = option(False, "FedTT: biases in the adapters")
+
+
 class Server(fedavg.Server):
+    """FedTT+ sends the cores that the last round changed, and a fingerprint of all cores, from
+    which a client without the earlier rounds sees that it has a gap."""
+
+    Flags, period = Flags, J
+    no_use = fedavg.Server.no_use | {"rank", "alpha", "init_lora"}
     adapted = staticmethod(adapted)
 
     def bootstrap(self) -> Payload:
-        """All cores too: FedTT+ later sends what changed, and who joins, or rejoins, needs all."""
+        """All cores too: a client that starts, or starts again, needs them all."""
         return super().bootstrap() | {name: p.detach().clone() for name, p in self.learnt.items()}
 
     def broadcast(self, t: int) -> Payload:
-        """The cores that the last round moved; all, if some clients may have been absent."""
+        """FedTT: all. FedTT+: all if some clients may have been absent, else what changed."""
         self.tuned = active(self.learnt, t, self.cfg)
         some_absent = self.cfg.clients_per_round or self.cfg.client_timeout
-        sent = self.learnt if some_absent else active(self.learnt, t - 1, self.cfg)
-        return {name: p.detach() for name, p in sent.items()}
+        if self.cfg.method == "fedtt" or some_absent:
+            return detached(self.learnt)
+        return detached(active(self.learnt, t - 1, self.cfg)) | {"all": fingerprint(self.learnt)}
 
 
 class Client(fedavg.Client):
+    """FedTT+'s keeps the cores that it was sent, since later rounds send only what changed."""
+
     adapted = staticmethod(adapted)
 
     def __init__(self, bootstrap: Payload, cfg, device="cpu"):
         super().__init__(bootstrap, cfg, device)
-        self.held = {name: bootstrap[name] for name in self.received}   # the cores as last sent
+        self.held = {name: bootstrap[name] for name in self.received}
 
     def update(self, t: int, payload: Payload, examples, m: int) -> tuple[Payload, dict]:
         """AdamW on this round's cores, from what the server last sent."""
-        self.held |= {name: p.clone() for name, p in payload.items()}
+        self.held |= {name: p.clone() for name, p in payload.items() if name != "all"}
+        if "all" in payload and fingerprint(self.held).cpu() != payload["all"].cpu():
+            raise UserError(f"round {t + 1}, client {m}: lacks what an earlier round sent; start it "
+                            f"from a new bootstrap")
         self.tuned = active(self.received, t, self.cfg)
         for name, p in self.received.items():
             p.requires_grad_(name in self.tuned)

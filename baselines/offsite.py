@@ -10,7 +10,7 @@ DIFFERS: the original tunes whole layers; as the FedBiOT paper's own runs of bot
 from dataclasses import replace
 
 import fedbiot
-from fedbiot import Payload, layer_extract
+from fedbiot import Payload, detached, layer_extract
 from model import UserError
 
 
@@ -25,23 +25,29 @@ def split(n: int, cfg) -> tuple[list[int], list[int]]:
 
 
 class Server(fedbiot.Server):
-    split, aligned = staticmethod(split), False
+    no_use = frozenset({"prox", "align_steps", "align_renew"})
+    split = staticmethod(split)
+
+    @staticmethod
+    def defaults(method: str, bundled: bool) -> dict:
+        return {"clients": 1} if method == "offsite" else {}
 
     def bootstrap(self) -> Payload:
         """PAPER SILENT: neither the length nor the loss of the alignment; FedBiOT's own, align_init
         steps with its KL, so that nothing but the method differs."""
-        if not self.aligned:
+        if self.cfg.align_init_on == "lora" and not self.once:
             self.align(0, self.cfg.align_init)
-            self.aligned = True
-        return super().bootstrap() | {name: p.detach() for name, p in self.emulated.items()}
+        self.once = True
+        return super().bootstrap() | detached(self.emulated)
+
+    once = False                                    # whether the LoRA of E is aligned already
 
     def broadcast(self, t: int) -> Payload:
-        self.metrics = {} if t else self.metrics                    # of the one alignment
-        return {name: p.detach() for name, p in self.tuned.items()}
+        return detached(self.tuned)
 
     def load_state_dict(self, state: dict):
         super().load_state_dict(state)
-        self.aligned = True
+        self.once = True
 
 
 class Client(fedbiot.Client):

@@ -1,0 +1,287 @@
+"""The wire between processes: rank 0 of torchrun is the server, the other ranks serve the clients.
+
+    torchrun --nproc-per-node 4 train.py --task gsm8k --dropout 0.2 --adapter 2 --threads 1
+
+Short JSON messages go through torch.distributed's key-value store, tensors through its process
+group, and only once the other side waits for them. So nobody hangs in a receive: a slow client can
+be left out of a round, and a rank that fails is heard by all who wait. docs/running.md has the rest.
+"""
+import contextlib
+import json
+import os
+import secrets
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import Shard, digest_of, make_shards, training_examples
+from eval import flag
+from fedbiot import Exchange, Payload, misfit, payload_bytes
+from model import ModelConfig, UserError, load_tokenizer
+from train import FREE, as_json, local_processes, method_of
+
+DTYPES = {str(d): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.int32,
+                              torch.int64, torch.uint8, torch.bool)}
+LONGEST = 2**20             # characters of a message; the header of a 7B bootstrap has 30,000
+
+
+def described(header) -> Payload:
+    """What a header claims, as tensors without memory; {} where it is no header."""
+    try:
+        return {str(name): torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+                for name, dtype, shape in header}
+    except (ValueError, KeyError, TypeError, RuntimeError, OverflowError):
+        return {}
+
+
+def header_of(payload: Payload) -> list:
+    return [[name, str(t.dtype), list(t.shape)] for name, t in payload.items()]
+
+
+def meet(store, rank: int, world: int) -> str:
+    """A random session id on which all ranks of this start agree. After a restart torchrun may
+    reuse the store, so keys of the previous start must not match: rank 0 answers every greeting,
+    and only ranks of this start reply to the answer."""
+    session = mine = secrets.token_hex(8)
+    if rank:
+        store.set(f"hello {rank}", mine)
+        session = store.get(f"welcome {mine}").decode()                 # waits
+        store.set(f"here {session} {rank}", "")
+    while rank == 0 and not store.check([f"here {session} {r}" for r in range(1, world)]):
+        for r in range(1, world):
+            store.set(f"welcome {store.get(f'hello {r}').decode()}", session)
+        time.sleep(0.01)
+    return session
+
+
+@contextlib.contextmanager
+def reaching(whom: str):
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{whom} cannot be reached: {str(error).splitlines()[0][:120]}") from None
+
+
+class Processes:
+    """A rank's connection to the others; on rank 0 it is the wire of `federate`.
+
+    Sums are in the order of the clients, so on the CPU any number of ranks gives the same bits.
+    """
+    def __init__(self):
+        with reaching("torchrun's other processes"):
+            store, self.rank, self.world = next(dist.rendezvous("env://"))
+            self.store = dist.PrefixStore(meet(store, self.rank, self.world), store)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, None, timedelta(hours=24), self.world, self.rank,
+                                    self.store)             # hours: a server may align for long
+        self.busy = {}          # rank: (round, client, since), of orders that have no answer yet
+
+    # ---- messages and tensors
+
+    def post(self, rank: int, message, payload: Payload):
+        """A message to a rank, and what tensors belong to it."""
+        with reaching("torchrun's store"):
+            self.store.set(f"{self.rank} to {rank}", json.dumps([message, header_of(payload)]))
+
+    def look(self, rank: int) -> tuple | None:
+        """A rank's message and header, once; None: not yet. Whatever is not of that form, or too
+        long, is (None, []). Exits if the run has ended."""
+        key = f"{rank} to {self.rank}"
+        with reaching("torchrun's store"):
+            if self.store.check(["end"]):
+                sys.exit(int(self.store.get("end").split()[0]))
+            if not self.store.check([key]):
+                return None
+            text = self.store.get(key)
+            self.store.delete_key(key)
+        try:
+            message, header = json.loads(text if len(text) <= LONGEST else "")
+        except (ValueError, TypeError, RecursionError):
+            return None, []
+        return message, header
+
+    def wait(self, rank: int = 0) -> tuple:
+        """A rank's next message."""
+        while (order := self.look(rank)) is None:
+            time.sleep(0.01)
+        return order
+
+    def send(self, rank: int, payload: Payload):
+        """Every tensor as its bytes: gloo does not know all dtypes. Waits for the receiver."""
+        with reaching(f"rank {rank}"):
+            for t in payload.values():
+                dist.send(t.detach().to(self.place).contiguous().view(-1).view(torch.uint8), rank)
+
+    def receive(self, rank: int, like: Payload) -> Payload:
+        payload = {name: torch.empty_like(t, device=self.place) for name, t in like.items()}
+        with reaching(f"rank {rank}"):
+            for t in payload.values():
+                dist.recv(t.view(-1).view(torch.uint8), rank)
+        return {name: t.to(self.device) for name, t in payload.items()}
+
+    def travel(self, device, own_gpu: bool):
+        """Tensors go from GPU to GPU if every rank has one of its own, else by way of the CPU."""
+        self.device, self.place = device, device if own_gpu else torch.device("cpu")
+        if own_gpu:
+            torch.cuda.set_device(device)
+
+    # ---- the server's side
+
+    def start_clients(self, cfg, device, bootstrap: Payload, known: dict[str, str]):
+        """Sends every client rank the flags, fingerprints of the data that a resumed run had, and
+        the bootstrap. Fingerprints that are new are added to `known`."""
+        self.timeout = cfg.client_timeout or float("inf")
+        own_gpu = device.type == "cuda" and torch.cuda.device_count() >= local_processes()
+        self.travel(device, own_gpu)
+        for rank in range(1, self.world):
+            self.post(rank, [as_json(cfg), own_gpu, known], bootstrap)
+            self.send(rank, bootstrap)
+        for rank in range(1, self.world):
+            name, found = self.wait(rank)[0] or ("", "")
+            known.setdefault(str(name), str(found)[:64])
+        return self
+
+    def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> Exchange:
+        """As Wire.round. A free rank takes the next client; with --own-data every rank is one. The
+        clock of --client-timeout is a client's own work: a round goes on without those who are over
+        it, once somebody has finished and nobody waits for a rank. What they offer in a later round
+        is not asked for."""
+        found, todo = Exchange({}, [], []), list(chosen)
+        bar = tqdm(total=len(chosen), desc=f"round {t + 1}", leave=False, disable=None)
+        while todo or not found.results or self.at_work(t):
+            for rank in range(1, self.world):
+                if rank in self.busy and (answer := self.look(rank)) is not None:
+                    began, m, _ = self.busy.pop(rank)
+                    if began == t:
+                        found.results[m] = self.collect(rank, answer, expected, found.up)
+                        bar.update()
+                wanted = [m for m in todo if shards[m] is None or shards[m] == rank]
+                if rank not in self.busy and wanted:
+                    todo.remove(wanted[0])
+                    self.busy[rank] = t, wanted[0], time.monotonic()
+                    self.post(rank, self.busy[rank][:2], payload)
+                    self.send(rank, payload)
+                    found.down.append(payload_bytes(payload))
+            if self.nobody_can(todo, shards, t, found):
+                break
+            time.sleep(0.01)
+        bar.close()
+        for m in sorted(set(chosen) - set(found.results)):
+            print(f"round {t + 1}, client {m}: left out, no upload within --client-timeout "
+                  f"{self.timeout:g} s", file=sys.stderr)
+        return found._replace(results={m: found.results[m] for m in sorted(found.results)})
+
+    def at_work(self, t: int) -> bool:
+        now = time.monotonic()
+        return any(began == t and now - since < self.timeout
+                   for began, _, since in self.busy.values())
+
+    def nobody_can(self, todo: list, shards, t: int, found: Exchange) -> bool:
+        """Whether all that is left to do belongs to ranks (--own-data) that are still at work on an
+        earlier round and over their time."""
+        now = time.monotonic()
+        late = {r for r, (began, _, since) in self.busy.items() if now - since >= self.timeout}
+        return bool(found.results and todo and not self.at_work(t)
+                    and all(shards[m] in late for m in todo))
+
+    def collect(self, rank: int, answer, expected: Payload, up: list) -> tuple[Payload, dict]:
+        """An upload, asked for if its header fits; else its header, which `accepted` rejects."""
+        metrics, header = answer
+        metrics = metrics if isinstance(metrics, dict) else {}
+        plausible = isinstance(header, list) and len(header) <= 2 * len(expected)
+        upload = described(header) if plausible else {}
+        if not misfit(upload, expected):
+            self.post(rank, "send", {})
+            upload = self.receive(rank, upload)
+            up.append(payload_bytes(upload))
+        return upload, metrics
+
+    # ---- a client's side
+
+    def serve(self, cfg, device):
+        """A client rank's life: reads its data, compares flags, builds itself from what it is sent,
+        and obeys until the run ends."""
+        tokenizer = load_tokenizer(cfg.ckpt, ModelConfig.read(cfg.ckpt))
+        name, shards = self.own_shards(cfg, tokenizer)
+        found = digest_of(next(s for s in shards if s).examples)
+        message, header = self.wait()
+        flags, own_gpu, known = message
+        free = FREE | {"threads", "proxy_ckpt", "init_lora", "shots", "samples"}
+        mine = as_json(cfg)
+        if other := next((k for k in mine if k not in free and flags.get(k) != mine[k]), None):
+            raise UserError(f"was started with {flag(other)} {mine[other]}, rank 0 with "
+                            f"{flags.get(other)}; give all hosts the same flags")
+        if known.get(name, found) != found:
+            raise UserError("the run that is resumed had other training data here; put that back, "
+                            "or choose another --out")
+        self.travel(device, own_gpu)
+        bootstrap = self.receive(0, described(header))
+        self.post(0, [name, found], {})
+        client = method_of(cfg.method).Client(bootstrap, cfg, device)
+        upload = {}
+        while True:
+            order, header = self.wait()
+            if order == "send":
+                self.send(0, upload)
+            else:
+                t, m = order
+                payload = self.receive(0, described(header))
+                upload, metrics = client.update(t, payload, shards[m], m)
+                self.post(0, metrics | {"examples": len(shards[m])}, upload)
+
+    def own_shards(self, cfg, tokenizer) -> tuple[str, list]:
+        """(what the state calls this data, the shard of every client): with --own-data this rank is
+        one client, whose folder holds that client's data alone."""
+        if not cfg.own_data:
+            return "training data", make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients,
+                                                cfg.max_len, cfg.seed, cfg.validate,
+                                                cfg.strip_annotations)
+        own = Shard(training_examples(cfg.task, cfg.data_dir, tokenizer, cfg.max_len,
+                                      cfg.validate, cfg.strip_annotations))
+        shards = [None] * cfg.clients
+        shards[self.rank - 1] = own
+        return f"training data of client {self.rank - 1}", shards
+
+    # ---- the end
+
+    def end(self, status: int) -> bool:
+        """All ranks stop. True for the first to say so: its line is the one to print."""
+        mine, first, until = f"{status} {self.rank}", True, time.monotonic() + 10
+        try:
+            first = self.store.compare_set("end", "", mine).decode() == mine
+            with contextlib.suppress(RuntimeError, ValueError):
+                dist.destroy_process_group()                # whoever waits in a receive is woken
+            others = [f"gone {r}" for r in range(1, self.world) if r != self.rank]
+            waits = others if first or self.rank == 0 else []       # the store may be rank 0's
+            while waits and time.monotonic() < until and not self.store.check(waits):
+                time.sleep(0.01)
+            self.store.set(f"gone {self.rank}", "")                 # a client's last word
+        except RuntimeError:
+            return first and (self.rank == 0 or status != 130)      # the store has gone already
+        return first
+
+
+def main(run, argv=None) -> int:
+    """One rank: an error of any of them ends all, in one line."""
+    processes = Processes()
+    try:
+        with contextlib.ExitStack() as quiet:
+            if processes.rank:                              # rank 0 prints, and whoever fails first
+                nowhere = quiet.enter_context(open(os.devnull, "w"))
+                quiet.enter_context(contextlib.redirect_stdout(nowhere))
+                quiet.enter_context(contextlib.redirect_stderr(nowhere))
+            status = run(argv, processes)
+    except BaseException as error:
+        status = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)         # 1: a bug
+        status = error.code if isinstance(error, SystemExit) else status
+        if processes.end(status) or status == 1:
+            if processes.rank and isinstance(error, UserError):
+                raise UserError(f"rank {processes.rank}: {error}") from None
+            raise
+        sys.exit(status)                                    # another rank has said why
+    processes.end(status)
+    return status
