@@ -26,8 +26,8 @@ import torch
 
 import baselines
 from data import fields, prompt_of, read_gsm8k, read_rows
-from lora import lora_tensors, merged, write_peft
-from model import LM, UserError, generate, load, read_saved, write_checkpoint
+from extras.huggingface import export
+from model import LM, UserError, generate, load, read_saved
 from tasks import accuracy
 from tasks.code import print_languages, score_code, score_rosetta
 from tasks.qa import print_scenarios, score_dolly, score_dolly_predictions
@@ -144,34 +144,6 @@ def models_of_run(folder, device, dtype) -> tuple[dict, object, SimpleNamespace]
     except Exception as error:  # a damaged file raises nearly anything
         raise UserError(f"{path}: not what this run learnt ({str(error)[:120]})") from None
     return server.models(), tokenizer, cfg
-
-
-def export(lm, folder: Path, form: str, source: str):
-    """A model as files for other tools. The folder appears once all of it is written."""
-    state, config = {}, None
-    if isinstance(lm, LM):                                              # FedPT's proxy is two
-        state, config = merged(lm), replace(lm.config, n_layers=len(lm.layers))
-    with torch.device("meta"):
-        if not config or state.keys() != LM.empty(config).state_dict().keys():
-            raise UserError("--export: this method's result is not a LLaMA's weights, so no other "
-                            "tool could load it")
-    if form == "peft" and (not lora_tensors(lm) or config != lm.config):
-        raise UserError("--format peft: needs LoRA on the whole model, such as adapfu's; take hf "
-                        "or meta")
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)                         # of an export that was killed
-    try:
-        part.mkdir(parents=True)
-        if form == "peft":
-            write_peft(part, lm, source)
-        else:
-            write_checkpoint(part, state, config, Path(source), form)
-        part.rename(folder)
-    except OSError as error:
-        raise UserError(f"--export {folder}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    print(f"{folder}: written as {form}", file=sys.stderr)
 
 
 # ---- command line -------------------------------------------------------------------------------

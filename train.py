@@ -31,7 +31,7 @@ from data import CLIENTS, MAX_LEN, make_public, make_shards, read_gsm8k
 from eval import (BUNDLED_CKPT, BUNDLED_DATA, BUNDLED_SMALL, TASKS, Parser, evaluate, gsm8k_shots,
                   main_guard, pick_device, pick_dtype)
 from fedbiot import Config, Payload, Wire, federate, misfit, option, payload_bytes
-from lora import start_from
+from extras.peft import start_from
 from model import ModelConfig, UserError, load, load_tokenizer, read_saved
 from tasks.sandbox import make_box
 
