@@ -1,18 +1,25 @@
 """A LLaMA decoder by hand: Touvron et al. 2023 (arXiv 2302.13971, 2307.09288), with Meta's names.
 
-In order: UserError, ModelConfig; RMSNorm, rotate, KVCache, Attention, FeedForward, Block, LM;
-Tokenizer; load (Meta's and Hugging Face's folders, mapped, strict, only the layers asked for) and
-write_checkpoint (either of them); generate (greedy or sampled, batched, preallocated cache).
+In order: UserError; files (checked reading, writing whole or not at all); ModelConfig; RMSNorm,
+rotate, KVCache, Attention, FeedForward, Block, LM; Tokenizer; load (checkpoint folders: mapped,
+strict, only the layers asked for); generate (greedy or sampled, batched, preallocated cache).
 
 Shapes: B sequences, T tokens, D dim, H query heads, G key/value heads, d = D / H, V vocabulary.
 
     from model import load
     lm, tokenizer = load("tiny/llama")
 """
+import contextlib
+import hashlib
+import importlib
+import io
 import json
 import math
+import os
 import re
+import secrets
 import shutil
+import stat
 import sys
 import zipfile
 from collections import Counter
@@ -27,6 +34,137 @@ from tqdm import tqdm
 
 class UserError(ValueError):
     """A mistake of the user's, in one line: what was expected, what was found, what to try."""
+
+
+def room(name: str):
+    """The module `name` of a folder beside the core files, which a fork may have deleted."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not name.startswith(str(error.name)):
+            raise
+        raise UserError(f"this needs {name.replace('.', '/')}.py, which is not in this copy of the "
+                        f"project; add it again, or do without") from None
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+def list_folder(folder) -> list[str]:
+    """Names in a folder, sorted, without hidden ones such as a Mac's `._model.safetensors`."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder}: expected a folder that can be read, found: "
+                        f"{error.strerror}") from None
+
+
+@contextlib.contextmanager
+def open_file(path):
+    """A regular file to read bytes from. Any OSError in the block is a UserError."""
+    try:
+        with open(path, "rb", opener=lambda name, how: os.open(name, how | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):       # a FIFO would wait forever
+                raise OSError("it is no regular file")
+            if file.peek(24).startswith(b"version https://git-lfs"):
+                raise OSError("a pointer of Git LFS; fetch the file itself with git lfs pull")
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: expected a file that can be read, found: "
+                        f"{error.strerror or error}") from None
+
+
+def read_bytes(path, most: int = 2**31) -> bytes:
+    """The whole content of a regular file that has at most `most` bytes."""
+    with open_file(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise UserError(f"{path}: expected at most {most:,} bytes, found {size:,}; "
+                            f"is it the right file?")
+        return file.read()
+
+
+def parse_json(text: str | bytes, where, what: str = "JSON"):
+    """One JSON text, as bytes in UTF-8; `where` it stands and `what` it is are for the error."""
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        return json.loads(text, parse_constant=int)         # int("NaN") is a ValueError
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: expected {what}, found: {error!s:.160}") from None
+
+
+def read_json(path, what: str = "JSON"):
+    """A small JSON file."""
+    return parse_json(read_bytes(path, 2**26), path, what)
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A new name beside `path`; what the block writes there takes `path`'s place when the block
+    ends, and is removed when it fails."""
+    part = path.parent / f"{path.name[:50]}.part-{secrets.token_hex(8)}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.rename(path)                                   # never over a folder that is not empty
+        folder = os.open(path.parent, os.O_RDONLY)          # the name must outlive a power cut too
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:                # RuntimeError: torch.save, disk full
+        raise UserError(f"{path}: cannot be written ({error}); "
+                        f"what was there before is unchanged") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)             # a folder
+        with contextlib.suppress(OSError):                  # or a file
+            part.unlink()
+
+
+def write_file(path, fill):
+    """`fill(binary file)`, synced, in the place of `path`: the old stays until the new is whole."""
+    with replacing(Path(path)) as part, open(part, "xb") as file:
+        fill(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path, content):
+    write_file(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def write_folder(path, fill):
+    """`fill(folder)`: all of it appears at `path`, or none. A folder there must be empty."""
+    with replacing(Path(path)) as part:
+        part.mkdir()
+        fill(part)
+
+
+def read_saved(path):
+    """What torch.save wrote in a run: no code in it is run, and no damaged byte passes."""
+    blob = io.BytesIO(read_bytes(path))
+    try:
+        with zipfile.ZipFile(blob) as archive:              # torch.load leaves the checksums alone
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        blob.seek(0)
+        return torch.load(blob, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises nearly anything
+        raise UserError(f"{path}: expected a file that a run has saved, found: "
+                        f"{str(error).splitlines()[0]:.120}") from None
+
+
+def fingerprint(path) -> str:
+    """sha256 of a file's size and bytes; above 64 MiB of 32 evenly spread samples of 64 KiB."""
+    with open_file(path) as file:
+        size, length = os.fstat(file.fileno()).st_size, 2**16
+        samples = [i * (size - length) // 31 for i in range(32)]
+        digest = hashlib.sha256(str(size).encode())
+        for start in range(0, size, length) if size <= 2**26 else samples:
+            file.seek(start)
+            digest.update(file.read(length))
+    return digest.hexdigest()
+
+
+def clean_text(text: str) -> str:
+    """Text that UTF-8 can hold: paired surrogates become their character, lone ones U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 # ---- configuration ------------------------------------------------------------------------------
@@ -72,21 +210,28 @@ class ModelConfig:
     @classmethod
     def read(cls, folder) -> "ModelConfig":
         """Reads `folder`/params.json or config.json; nothing else is opened."""
-        for name, parse in (("params.json", cls.from_params), ("config.json", cls.from_hf)):
-            path = Path(folder) / name
-            if path.is_file():
-                try:
-                    return parse(json.loads(path.read_text()))
-                except UserError as error:
-                    raise UserError(f"{path}: {error}") from None
-                except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
-                    raise UserError(f"{path}: expected a LLaMA's configuration as a JSON object; "
-                                    f"{error!r:.120}") from None
+        folder = Path(folder)
+        if os.path.isfile(folder / "config.json"):          # Hugging Face's, perhaps both
+            return room("extras.huggingface").read_config(folder)
+        if os.path.isfile(folder / "params.json"):
+            return cls.parsed(folder / "params.json", cls.from_params)
         raise UserError(f"--ckpt {folder}: expected a folder with params.json (Meta) or "
                         f"config.json (Hugging Face)")
 
     @classmethod
+    def parsed(cls, path: Path, parse) -> "ModelConfig":
+        content = read_json(path, "a LLaMA's configuration")
+        try:
+            return parse(content)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except (ArithmeticError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: expected a LLaMA's configuration as a JSON object; "
+                            f"{error!r:.120}") from None
+
+    @classmethod
     def from_params(cls, p: dict) -> "ModelConfig":
+        """Meta's params.json: the feed-forward's width is 8/3 dim, times a factor, rounded up."""
         odd = [k for k in p if k not in PARAMS_KEYS and not (k in IGNORABLE_IF_FALSE and not p[k])]
         if odd:
             raise UserError(f"{odd[0]!r} is not part of a plain LLaMA 1 or 2; only that is read")
@@ -97,55 +242,14 @@ class ModelConfig:
         return cls(p["dim"], p["n_layers"], p["n_heads"], p.get("n_kv_heads") or p["n_heads"],
                    p.get("vocab_size", -1), hidden, p["norm_eps"], p.get("rope_theta") or 10000.0)
 
-    def to_params(self) -> dict:
-        """The inverse of from_params, with a multiplier where `multiple_of` 256 would not do."""
-        p = {name: value for name, value in vars(self).items() if name in PARAMS_KEYS}
-        p["multiple_of"] = 256
-        if self.from_params(p).hidden_dim != self.hidden_dim:
-            multiplier = (self.hidden_dim + 0.5) / int(8 * self.dim / 3)
-            p |= {"multiple_of": 1, "ffn_dim_multiplier": multiplier}
-        return p
-
-    @classmethod
-    def from_hf(cls, c: dict) -> "ModelConfig":
-        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}      # transformers 5, 4
-        dim, heads = c["hidden_size"], c["num_attention_heads"]
-        plain = {"model_type": c.get("model_type") == "llama",
-                 "hidden_act": c.get("hidden_act", "silu") == "silu",
-                 "rope type": rope.get("rope_type", rope.get("type", "default")) == "default",
-                 "head_dim": c.get("head_dim") in (None, dim // heads),
-                 "attention_bias": not c.get("attention_bias"), "mlp_bias": not c.get("mlp_bias"),
-                 "quantization_config": not c.get("quantization_config")}
-        odd = [name for name, fine in plain.items() if not fine]
-        if odd:
-            raise UserError(f"only a plain LLaMA is supported, and here {odd[0]} is not one's")
-        theta = rope.get("rope_theta") or c.get("rope_theta") or 10000.0
-        return cls(dim, c["num_hidden_layers"], heads, c.get("num_key_value_heads") or heads,
-                   c["vocab_size"], c["intermediate_size"], c["rms_norm_eps"], theta,
-                   bool(c.get("tie_word_embeddings")))
-
-    def to_hf(self) -> dict:
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-                "hidden_size": self.dim, "num_hidden_layers": self.n_layers,
-                "num_attention_heads": self.n_heads, "num_key_value_heads": self.n_kv_heads,
-                "vocab_size": self.vocab_size, "intermediate_size": self.hidden_dim,
-                "rms_norm_eps": self.norm_eps, "rope_theta": self.rope_theta,
-                "max_position_embeddings": 4096,                            # LLaMA 2's
-                "tie_word_embeddings": self.tied}
-
 
 # ---- the decoder --------------------------------------------------------------------------------
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean x^2 + eps), made in fp32 and rounded *before* the gain, as Meta's code does."""
 
     def forward(self, x: Tensor) -> Tensor:                        # (..., D) -> (..., D)
-        z = x.float()                                              # squares overflow in fp16
-        z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps)
-        return z.to(x.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -155,24 +259,17 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.view_as_real(z * torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
 
 
-class KVCache:
-    """One block's keys and values, preallocated as (B, G, S, d). A slot is an absolute position,
-    so a row's padding lies after its prompt and is overwritten by what it generates."""
-
-    def __init__(self, config: ModelConfig, batch: int, slots: int, like: Tensor):
-        shape = (batch, config.n_kv_heads, slots, config.head_dim)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
-
-    def write(self, k: Tensor, v: Tensor, slots, mask):            # k, v: (B, G, T, d)
-        if slots is None:                                          # the prompts, from slot 0 on
-            self.k[:, :, :k.shape[2]], self.v[:, :, :k.shape[2]] = k, v
-            return k, v
-        rows, seen = torch.arange(len(slots), device=slots.device), mask.shape[-1]
-        self.k[rows, :, slots], self.v[rows, :, slots] = k[:, :, 0], v[:, :, 0]
-        return self.k[:, :, :seen], self.v[:, :, :seen]
-
-    def keep(self, rows: Tensor):
-        self.k, self.v = self.k[rows], self.v[rows]
+def remember(cache: Tensor, k: Tensor, v: Tensor, slots, mask):
+    """Writes keys and values (B, G, T, d) to a block's cache (2, B, G, S, d); returns all to look
+    at. A slot is an absolute position, so a row's padding lies after its prompt and is overwritten
+    by what the row generates."""
+    T = k.shape[2]
+    if slots is None:                                              # the prompts, from slot 0 on
+        cache[0, :, :, :T], cache[1, :, :, :T] = k, v
+        return k, v
+    rows = torch.arange(len(slots), device=slots.device)
+    cache[0, rows, :, slots], cache[1, rows, :, slots] = k[:, :, 0], v[:, :, 0]
+    return cache[:, :, :, :mask.shape[-1]]
 
 
 class Attention(nn.Module):
@@ -187,13 +284,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, past=None) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))
-        mask = None
         if past is not None:
-            cache, slots, mask = past
-            k, v = cache.write(k, v, slots, mask)
-        # q (B, H, T, d), k and v (B, G, S, d)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=q.shape[1] != k.shape[1])
+            k, v = remember(past[0], k, v, *past[1:])              # (B, G, S, d)
+        if past is None or past[2] is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                               enable_gqa=q.shape[1] != k.shape[1])
+        else:   # one token a row: the heads of a group become the query's length, (B, G, H / G, d)
+            q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=past[2]).flatten(1, 2)[:, :, None]
         return self.wo(y.transpose(1, 2).flatten(2))               # (B, T, D)
 
 
@@ -212,7 +310,7 @@ class Block(nn.Module):
     """One pre-norm decoder layer: the unit that FedBiOT drops, freezes, ships and averages.
 
     It does not know its own index: an emulator has fewer blocks, and each must compute the
-    same thing at any depth. `past` is (its KVCache, slots, mask), see LM.hidden. `rows` (N,), where
+    same thing at any depth. `past` is (its cache, slots, mask), see LM.hidden. `rows` (N,), where
     given, are the positions b T + t that are wanted: the feed-forward is spared the others.
     """
     def __init__(self, c: ModelConfig):
@@ -240,6 +338,7 @@ class LM(nn.Module):
         self.layers = nn.ModuleDict({str(i): layers[i] for i in sorted(layers)})
         self.norm = norm
         self.output = output
+        self.stored = None                  # the dtype of the matrices in a checkpoint
 
     @classmethod
     def empty(cls, config: ModelConfig, layer_ids=None) -> "LM":
@@ -265,10 +364,14 @@ class LM(nn.Module):
 
     def with_layers(self, layers: dict) -> "LM":
         """The same embeddings, norm and head around other blocks. Nothing is copied."""
-        return LM(self.config, layers, self.tok_embeddings, self.norm, self.output)
+        lm = LM(self.config, layers, self.tok_embeddings, self.norm, self.output)
+        lm.stored = self.stored
+        return lm
 
-    def caches(self, batch: int, slots: int) -> list[KVCache]:
-        return [KVCache(self.config, batch, slots, self.tok_embeddings.weight) for _ in self.layers]
+    def caches(self, batch: int, slots: int) -> list[Tensor]:
+        """Of each block the keys and values to come, (2, B, G, S, d)."""
+        shape = (2, batch, self.config.n_kv_heads, slots, self.config.head_dim)
+        return [self.tok_embeddings.weight.new_zeros(shape) for _ in self.layers]
 
     def rope(self, positions: Tensor) -> Tensor:
         """Cosine and sine of every position's angles, fp32: (T,) -> (T, 1, d/2, 2)."""
@@ -278,43 +381,52 @@ class LM(nn.Module):
         angles = positions.float()[..., None, None] * freqs
         return torch.stack((angles.cos(), angles.sin()), -1)
 
-    def hidden(self, tokens: Tensor, caches=None, slots=None, mask=None, rows=None) -> Tensor:
+    def hidden(self, tokens, caches=None, slots=None, mask=None, rows=None, tap=None):
         """tokens (B, T) -> (B, T, D) after the final norm, or (N, D) at positions b T + t = rows.
         With `caches` (one a block): the prompts if `slots` is None, else one token a row at
-        position slots (B,), mask (B, 1, 1, S) over the cache."""
+        position slots (B,), mask (B, 1, 1, S) over the cache. With `tap`, an index of `layers`:
+        the pair of what enters that layer at `rows` and of the above."""
         T, device = tokens.shape[1], tokens.device
         rope = self.rope(torch.arange(T, device=device) if slots is None else slots[:, None])
-        x = self.tok_embeddings(tokens)                                 # (B, T, D)
-        for i, block in enumerate(self.layers.values()):
-            last = i + 1 == len(self.layers)
-            x = block(x, rope, caches and (caches[i], slots, mask), rows if last else None)
-        return self.norm(x)
+        x, *_, last = self.tok_embeddings(tokens), *self.layers         # (B, T, D)
+        for n, (i, block) in enumerate(self.layers.items()):
+            if tap is not None and int(i) == tap:
+                tapped = x if rows is None else x.flatten(0, 1)[rows]
+            x = block(x, rope, caches and (caches[n], slots, mask), rows if i == last else None)
+        return self.norm(x) if tap is None else (tapped, self.norm(x))
 
     def forward(self, tokens: Tensor) -> Tensor:                        # (B, T) -> (B, T, V)
         return self.output(self.hidden(tokens))
-
 
 # ---- tokenizer ----------------------------------------------------------------------------------
 
 class Tokenizer:
     """The sentencepiece model of LLaMA 1 and 2: text <-> ids."""
 
-    def __init__(self, path):
+    def __init__(self, path, ends=()):
+        """`ends`: ids that end a text, beside the model's own EOS."""
         from sentencepiece import SentencePieceProcessor       # here: --plan needs no tokenizer
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file; a checkpoint folder needs its sentencepiece "
-                            f"tokenizer.model")
+        content = read_bytes(path)
         try:
-            self.pieces = SentencePieceProcessor(model_file=str(path))
+            self.pieces = SentencePieceProcessor()
+            self.pieces.LoadFromSerializedProto(content)
         except (RuntimeError, OSError):
             raise UserError(f"{path}: not a sentencepiece model (LLaMA 3's tiktoken file is not "
                             f"supported)") from None
         self.vocab_size = self.pieces.vocab_size()
         self.bos, self.eos = self.pieces.bos_id(), self.pieces.eos_id()
+        if min(self.bos, self.eos) < 0:
+            raise UserError(f"{path}: expected pieces for the begin and the end of a text, found "
+                            f"BOS {self.bos}, EOS {self.eos} (-1: none); take a LLaMA's tokenizer")
+        self.ends = tuple(dict.fromkeys((self.eos, *ends)))
 
     def encode(self, text: str) -> list[int]:
         """No BOS, no EOS: data.py places each once."""
         return self.pieces.encode(text)
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each, on all cores."""
+        return self.pieces.encode(texts)
 
     def decode(self, ids: list[int]) -> str:
         return self.pieces.decode(ids)
@@ -323,119 +435,56 @@ class Tokenizer:
         return [self.pieces.id_to_piece(i) for i in range(self.vocab_size)]
 
 
+def load_tokenizer(folder, config: ModelConfig) -> Tokenizer:
+    """tokenizer.model of a checkpoint folder, of the model's vocabulary."""
+    path, ends = Path(folder) / "tokenizer.model", ()
+    if not path.is_file():
+        above = path.resolve().parent.parent / path.name
+        there = f"{above} is one: copy it here" if above.is_file() else "download it"
+        raise UserError(f"{path}: no such file; a checkpoint folder needs its sentencepiece "
+                        f"tokenizer.model; {there}")
+    if (path.parent / "config.json").is_file():
+        ends = room("extras.huggingface").end_ids(path.parent)
+    tokenizer = Tokenizer(path, ends)
+    more = config.vocab_size - tokenizer.vocab_size
+    if config.vocab_size != -1 and more:
+        why = "added pieces, as for padding, are not supported: take the model without them" if (
+            0 < more <= 64) else "they do not belong together"
+        raise UserError(f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, the model's "
+                        f"vocab_size is {config.vocab_size}; {why}")
+    return tokenizer
+
+
 # ---- checkpoints --------------------------------------------------------------------------------
 
-HF_NAMES = {
-    "model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight",
-    "lm_head.weight": "output.weight", "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
-    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def from_hf_name(name: str) -> str:
-    if name in HF_NAMES:
-        return HF_NAMES[name]
-    part = re.fullmatch(r"model\.(layers\.\d+)\.(.+)\.weight", name)
-    return f"{part[1]}.{HF_NAMES[part[2]]}.weight" if part and part[2] in HF_NAMES else name
-
-
-def reorder(name: str, tensor: Tensor, config: ModelConfig, from_hf: bool) -> Tensor:
-    """The rows of q and k, and of their LoRA's B, as the other format has them: Meta keeps a head's
-    pairs as neighbours, Hugging Face as (first half, second half)."""
-    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2])
-    if heads is None or name.endswith("lora_A"):
-        return tensor
-    pairs = (heads, 2, -1) if from_hf else (heads, -1, 2)
-    return tensor.unflatten(0, pairs).transpose(1, 2).flatten(0, 2)
-
-
-def to_hf(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Weights, or LoRA's A and B, by Hugging Face's names and with its order of rows in q and k."""
-    names, out = {ours: theirs for theirs, ours in HF_NAMES.items()}, {}
-    for name, tensor in tensors.items():
-        tensor = reorder(name, tensor, config, from_hf=False)
-        if part := re.fullmatch(r"(layers\.\d+)\.(.+)\.(weight|lora_A|lora_B)", name):
-            name = f"model.{part[1]}.{names[part[2]]}.{part[3]}"
-        out[names.get(name, name)] = tensor
-    return out
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor]):
-    codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, t in tensors.items():
-        start, end = end, end + t.numel() * t.element_size()
-        header[name] = {"dtype": codes[t.dtype], "shape": list(t.shape),
-                        "data_offsets": [start, end]}
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)                                     # the data begin aligned
-    with open(path, "wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for t in tensors.values():
-            t.cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(file)
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The format: 8 bytes (the header's length), a JSON header, the tensors' bytes. All mapped."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            raise UserError(f"{path}: the header's length {length} does not fit a file of {size} "
-                            f"bytes (truncated?)")
-        try:
-            header = json.loads(file.read(length))
-            entries = [(name, str(e["dtype"]), [*e["shape"]], *e["data_offsets"])
-                       for name, e in header.items() if name != "__metadata__"]
-            if not all(len(e) == 5 and {*map(type, [*e[2], *e[3:]])} == {int} for e in entries):
-                raise ValueError("sizes and offsets must be integers")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{path}: its header is damaged; download it again") from None
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
-    tensors, end = {}, 0
-    for name, dtype, shape, start, stop in sorted(entries, key=lambda e: e[3:]):
-        if dtype not in SAFETENSORS_DTYPES:
-            raise UserError(f"{path}: {name:.80} is {dtype:.80}; expected one of "
-                            f"{', '.join(SAFETENSORS_DTYPES)}")
-        width = SAFETENSORS_DTYPES[dtype].itemsize
-        plausible = start == end and stop <= len(data) and min(shape, default=1) >= 0
-        if not plausible or stop - start != math.prod(shape) * width:
-            raise UserError(f"{path}: {name:.80} claims bytes {start!s:.20}..{stop!s:.20} for "
-                            f"shape {shape!s:.80} in a file with {len(data)} bytes of data; "
-                            f"truncated or damaged, download it again")
-        raw = data[start:stop]
-        raw = raw if (8 + length + start) % width == 0 else raw.clone()     # view() needs alignment
-        tensors[name], end = raw.view(SAFETENSORS_DTYPES[dtype]).view(shape), stop
-    if end != len(data):
-        raise UserError(f"{path}: {len(data) - end} bytes behind the last tensor; expected none")
-    return tensors
-
-
-def check_records(path: Path):
+def check_records(file):
     """A mapped archive is trusted to say itself where a record's bytes begin, unlike one that is
     read: a damaged length there would shift a tensor. torch.save aligns each record to 64 bytes and
     lets no more than its 0, 16 or 24 bytes of trailer follow."""
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+    with zipfile.ZipFile(file) as archive:
         records = sorted(archive.infolist(), key=lambda r: r.header_offset)
         ends = [r.header_offset for r in records[1:]] + [archive.start_dir]
-        for record, end in zip(records, ends):
-            file.seek(record.header_offset + 26)
-            lengths = (int.from_bytes(file.read(2), "little") for _ in range(2))    # name, extra
-            start = record.header_offset + 30 + sum(lengths)
-            trailer = end - start - record.file_size
-            if start % 64 or trailer not in (0, 16, 24) or record.compress_type:
-                raise ValueError(f"{record.filename} is not where torch.save would have put it")
+    for record, end in zip(records, ends):
+        file.seek(record.header_offset + 26)
+        lengths = (int.from_bytes(file.read(2), "little") for _ in range(2))        # name, extra
+        start = record.header_offset + 30 + sum(lengths)
+        trailer = end - start - record.file_size
+        if start % 64 or trailer not in (0, 16, 24) or record.compress_type:
+            raise ValueError(f"{record.filename} is not where torch.save would have put it")
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """A .pth or .bin file, mapped where its format allows. weights_only: no code in it is run."""
     try:
-        if mapped := zipfile.is_zipfile(path):
-            check_records(path)
+        with open_file(path) as file:
+            if mapped := zipfile.is_zipfile(file):
+                check_records(file)
         tensors = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
         raise UserError(f"{path}: not a readable checkpoint of plain tensors (truncated?): "
                         f"{(str(error) or repr(error)).splitlines()[0][:120]}") from None
@@ -450,46 +499,35 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_saved(path: Path):
-    """What torch.save wrote in a run: no code in it is run, and no damaged byte passes."""
-    with zipfile.ZipFile(path) as archive:              # torch.load leaves the checksums alone
-        if damaged := archive.testzip():
-            raise ValueError(f"{damaged} is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
+def weight_sets(folder: Path) -> list[list[Path]]:
+    """The folder's sets of weight files: each holds the model. Meta's, then Hugging Face's."""
+    names = list_folder(folder)
+    meta = [name for name in names if re.fullmatch(r"consolidated\..*pth", name)]
+    wanted = [f"consolidated.{i:02d}.pth" for i in range(len(meta))]
+    if meta != wanted:
+        raise UserError(f"{folder}: expected shards {wanted[0]}..{wanted[-1]}, found "
+                        f"{', '.join(meta)}")
+    sets = [[folder / name for name in meta]] if meta else []
+    if any(name.endswith((".safetensors", ".bin")) for name in names):
+        sets += room("extras.huggingface").weight_sets(folder, names)
+    if not sets:
+        raise UserError(f"--ckpt {folder}: found no consolidated.00.pth, *.safetensors or "
+                        f"pytorch_model*.bin")
+    return sets
 
 
-def shard_files(folder: Path) -> tuple[list[Path], bool]:
-    """The weight files of a folder in order, and whether they are Meta's (else Hugging Face's)."""
-    if meta := sorted(folder.glob("consolidated.*.pth")):
-        wanted = [f"consolidated.{i:02d}.pth" for i in range(len(meta))]
-        if [p.name for p in meta] != wanted:
-            raise UserError(f"{folder}: expected shards {wanted[0]}..{wanted[-1]}, found "
-                            f"{', '.join(p.name for p in meta)}")
-        return meta, True
-    for index, pattern in (("model.safetensors.index.json", "*.safetensors"),
-                           ("pytorch_model.bin.index.json", "pytorch_model*.bin")):
-        if (folder / index).is_file():
-            return indexed_files(folder / index), False
-        if found := sorted(folder.glob(pattern)):
-            return found, False
-    raise UserError(f"--ckpt {folder}: found no consolidated.00.pth, *.safetensors or "
-                    f"pytorch_model*.bin")
+def named_tensors(path: Path, config: ModelConfig):
+    """(name in the file, Meta's name, tensor) of a file, by whose naming scheme it may be."""
+    read = read_pickle if path.suffix != ".safetensors" else (
+        room("extras.huggingface").read_safetensors)
+    tensors = read(path)
+    if any(name.startswith(("model.", "lm_head.")) for name in tensors):
+        yield from room("extras.huggingface").translated(path, tensors, config)
+    else:
+        yield from ((name, name, t) for name, t in tensors.items() if name != "rope.freqs")
 
 
-def indexed_files(index: Path) -> list[Path]:
-    """The files that Hugging Face's index names; each must be one of its own folder."""
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: expected a JSON object with a weight_map") from None
-    for name in names:
-        plain = isinstance(name, str) and Path(name).name == name
-        if not plain or not (index.parent / name).is_file():
-            raise UserError(f"{index}: names {name!r}, which is not a file of this folder")
-    return [index.parent / name for name in names]
-
-
-def part_of(path: Path, name: str, shape: tuple, shard: int, parts: int) -> tuple[list, tuple]:
+def part_of(path: Path, name: str, shape, shard: int, parts: int) -> tuple[list, tuple]:
     """(shape, place in the whole tensor) of what one of Meta's model-parallel shards has of it:
     columns of wo, w2 and the embedding, rows of the other matrices, all of a norm."""
     if parts == 1 or name.endswith("norm.weight"):
@@ -507,56 +545,48 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
                  device="cpu") -> LM:
     """An LM from a folder's weights, frozen; only `layer_ids` (default: all) are read.
 
-    Strict: every tensor of the architecture once, in its shape, and nothing else; else UserError.
-    `dtype` None: as stored. One shard is mapped at a time, and copied tensor by tensor.
+    Strict: every tensor of the architecture, in its shape, and nothing else; what stands twice (in
+    two sets of files, or as a tied head) must be equal; else UserError. `dtype` None: as stored.
+    One shard is mapped at a time, and copied tensor by tensor. Device "meta": nothing is read.
     """
-    folder = Path(folder)
-    files, is_meta = shard_files(folder)
-    parts = len(files) if is_meta else 1
     with torch.device("meta"):
-        lm = LM.empty(config, layer_ids)
-        shapes = {name: tuple(p.shape) for name, p in LM.empty(config).state_dict().items()}
-    if config.tied:
-        del shapes["output.weight"]
-    state, seen, wanted = {}, Counter(), shapes.keys() & lm.state_dict().keys()
-    for shard, path in enumerate(files):
-        tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-        for key, tensor in tensors.items():
-            name = key if is_meta else from_hf_name(key)
-            if name == "rope.freqs" or name.endswith("rotary_emb.inv_freq"):
-                continue
-            if name == "output.weight" and config.tied:         # some files carry a copy of it
-                continue
-            if name not in shapes:
-                raise UserError(f"{path}: surplus tensor {key}, which a LLaMA of {config.n_layers} "
-                                f"layers does not have")
-            shape, where = part_of(path, name, shapes[name], shard, parts)
-            is_float = tensor.dtype in SAFETENSORS_DTYPES.values()
-            if list(tensor.shape) != shape or not is_float:
-                raise UserError(f"{path}: {key} is {tensor.dtype} {list(tensor.shape)}, expected "
-                                f"floats of shape {shape}")
-            seen[name] += 1
-            if seen[name] > parts:
-                raise UserError(f"{path}: {key} stands in two files; remove one of the two sets of "
-                                f"weights")
-            if name in wanted:
-                if name not in state:
-                    kind = dtype or tensor.dtype
-                    state[name] = torch.empty(shapes[name], dtype=kind, device=device)
-                tensor = tensor if is_meta else reorder(name, tensor, config, from_hf=True)
-                state[name][where].copy_(tensor)
-        tensors = tensor = None                         # unmaps this shard before the next
-    if missing := [name for name in shapes if seen[name] != parts]:
-        raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        lm, whole = LM.empty(config, layer_ids), LM.empty(config)
+    if str(device) == "meta":
+        return lm.to(dtype).requires_grad_(False)
+    shapes = {name: p.shape for name, p in whole.named_parameters()}    # a tied head is not in it
+    state, filled, wanted = {}, Counter(), lm.state_dict().keys()
+    for files in weight_sets(Path(folder)):
+        parts = len(files) if files[0].suffix == ".pth" else 1
+        for shard, path in enumerate(files):
+            for key, name, tensor in named_tensors(path, config):
+                if config.tied and name == "output.weight":
+                    name = "tok_embeddings.weight"
+                if name not in shapes:
+                    raise UserError(f"{path}: surplus tensor {key}, which a LLaMA of "
+                                    f"{config.n_layers} layers does not have")
+                shape, where = part_of(path, name, shapes[name], shard, parts)
+                if list(tensor.shape) != shape or tensor.dtype not in FLOATS:
+                    raise UserError(f"{path}: {key} is {tensor.dtype} {list(tensor.shape)}, "
+                                    f"expected floats of shape {shape}")
+                new = filled[name] < shapes[name].numel()
+                if new:
+                    filled[name] += tensor.numel()
+                if name in wanted and name not in state:
+                    state[name] = torch.empty(shapes[name], dtype=dtype or tensor.dtype,
+                                              device=device)
+                if name in wanted and new:
+                    state[name][where].copy_(tensor)
+                    lm.stored = tensor.dtype if tensor.dim() > 1 else lm.stored
+                elif name in wanted and not torch.equal(state[name][where],
+                                                        tensor.to(state[name])):
+                    raise UserError(f"{path}: {key} stands twice in {folder}, with other numbers; "
+                                    f"remove one of the two sets of weights")
+            tensor = None                               # unmaps this shard before the next
+        missing = [name for name in shapes if filled[name] != shapes[name].numel()]
+        if missing:
+            raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is "
+                            f"{missing[0]}")
     return lm.take(state)
-
-
-def load_tokenizer(folder, config: ModelConfig) -> Tokenizer:
-    tokenizer = Tokenizer(Path(folder) / "tokenizer.model")
-    if config.vocab_size not in (-1, tokenizer.vocab_size):
-        raise UserError(f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, the model's "
-                        f"vocab_size is {config.vocab_size}; they do not belong together")
-    return tokenizer
 
 
 def load(folder, layer_ids=None, dtype=torch.float32, device="cpu") -> tuple[LM, Tokenizer]:
@@ -568,25 +598,10 @@ def load(folder, layer_ids=None, dtype=torch.float32, device="cpu") -> tuple[LM,
     return load_weights(folder, config, layer_ids, dtype, device), tokenizer
 
 
-def write_checkpoint(folder: Path, state: dict[str, Tensor], config: ModelConfig, source: Path,
-                     form: str):
-    """Weights by Meta's names as a folder of `form` meta or hf, with the tokenizer of `source`."""
-    if form == "meta":
-        torch.save({name: t.cpu() for name, t in state.items()}, folder / "consolidated.00.pth")
-        (folder / "params.json").write_text(json.dumps(config.to_params(), indent=1))
-    else:
-        tokens = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
-                  "unk_token": "<unk>", "add_bos_token": True, "legacy": False}
-        (folder / "tokenizer_config.json").write_text(json.dumps(tokens, indent=1))
-        dtype = {"torch_dtype": str(state["norm.weight"].dtype).removeprefix("torch.")}
-        (folder / "config.json").write_text(json.dumps(config.to_hf() | dtype, indent=1))
-        own = {name: t for name, t in state.items() if name != "output.weight" or not config.tied}
-        write_safetensors(folder / "model.safetensors", to_hf(own, config))
-    for path in source.glob("tokenizer*" if form == "hf" else "tokenizer.model"):
-        shutil.copyfile(path, folder / path.name)
-
-
 # ---- generation ---------------------------------------------------------------------------------
+
+CACHE_BYTES = 2**32         # 4 GiB of cache leave a card of 24 GB room beside a model of 7B
+
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator) -> Tensor:
     """Next tokens (B,) from logits (B, V): the best, or drawn within the top k and the top p."""
@@ -597,61 +612,90 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     if top_k:
         p[:, top_k:] = 0
     beyond = p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)
-    p[:, 1:][beyond[:, 1:]] = 0                                     # the first piece always stays
-    return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
+    beyond[:, 0] = False                                            # the first piece always stays
+    p = p.masked_fill(beyond, 0)
+    # torch.multinomial draws likewise, but has a GPU waited for: the largest p / Exp(1) wins
+    draw = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
+    return ids.gather(1, draw)[:, 0]
 
 
-def generate_batch(lm: LM, prompts, max_new_tokens: int, eos: int, stop: int, pick):
+def generate_batch(lm: LM, prompts, max_new_tokens: int, ends: tuple, pick) -> list[list[int]]:
     """One batch of `generate`. Finished rows leave the batch once they are a quarter of it."""
     device = lm.tok_embeddings.weight.device
     longest = max(map(len, prompts))
     caches = lm.caches(len(prompts), longest + max_new_tokens)
     tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)  # (B, T)
     slots = torch.tensor([len(p) for p in prompts], device=device)  # where a row's next token goes
-    rows = torch.arange(len(prompts), device=device)
+    rows, last = torch.arange(len(prompts), device=device), torch.tensor(ends, device=device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    output = torch.full((len(prompts), max_new_tokens), eos, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    output = torch.full((len(prompts), max_new_tokens), ends[0], device=device)
     x = lm.hidden(tokens, caches, rows=rows * longest + slots - 1)  # (B, D): each prompt's last
-    look_every = 1 if device.type == "cpu" else 16                  # reading `done` stalls a GPU
+    look_every = 1 if device.type == "cpu" else 16                  # reading stalls a GPU
     for step in range(max_new_tokens):
-        token = pick(lm.output(x)).masked_fill(done, eos)           # (B,)
+        z = lm.output(x)                                            # (B, V)
+        fine = z.isfinite()
+        finite = finite & fine.all()
+        token = pick(z.where(fine, 0)).masked_fill(done, ends[0])   # (B,)
         output[rows, step] = token
-        done = done | (token == eos) | (token == stop)
-        if step % look_every == 0 and (finished := int(done.sum())) * 4 >= len(rows):
-            if finished == len(rows):
+        done = done | (token[:, None] == last).any(1)
+        if step % look_every == 0 or step + 1 == max_new_tokens:
+            *over, fine = torch.cat((done, finite[None])).tolist()
+            if not fine:
+                raise UserError("the model's output is not finite (an overflow, if --dtype is "
+                                "fp16); try --dtype bf16 or fp32")
+            if all(over):
                 break
-            keep = (~done).nonzero()[:, 0]
-            rows, slots, token, done = rows[keep], slots[keep], token[keep], done[keep]
-            for cache in caches:
-                cache.keep(keep)
+            if sum(over) * 4 >= len(over):
+                keep = torch.tensor([i for i, end in enumerate(over) if not end], device=device)
+                rows, slots, token, done = rows[keep], slots[keep], token[keep], done[keep]
+                for n, cache in enumerate(caches):                  # one more copy at a time
+                    caches[n] = cache[:, keep]
         if step + 1 < max_new_tokens:
             mask = torch.arange(longest + step + 1, device=device) <= slots[:, None]    # (B, S)
             x = lm.hidden(token[:, None], caches, slots, mask[:, None, None])[:, 0]
             slots = slots + 1
-    return [ids[:ids.index(eos)] if eos in ids else ids for ids in output.tolist()]
+    return output.tolist()
 
 
 @torch.inference_mode()
-def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos: int, batch_size=64,
+def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos, batch_size=0,
              temperature=0.0, top_k=0, top_p=1.0, generator=None, stop: int | None = None,
              progress: str | None = None) -> list[list[int]]:
-    """New token ids of each prompt, without EOS, in the prompts' order.
+    """New token ids of each prompt, without EOS (an id or several), in the prompts' order.
 
     Greedy at temperature 0, else sampled with `generator` (on the model's device). Prompts are
-    sorted by length so that a batch wastes little padding; a text also ends behind the piece
-    `stop`; `progress` names a progress bar.
+    sorted by length so that a batch wastes little padding; batch_size 0: up to 64 whose caches take
+    CACHE_BYTES. A text also ends behind the piece `stop`; `progress` names a progress bar.
     """
     assert all(prompts), "generate: an empty prompt; begin with BOS"
+    eos = (eos,) if isinstance(eos, int) else tuple(eos)
+    ends = eos if stop is None else (*eos, stop)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    outputs: list = [None] * len(prompts)
+    per_slot = sum(cache.nbytes for cache in lm.caches(1, 1))
+    outputs, start, most = [None] * len(prompts), 0, batch_size or 64
     bar = tqdm(total=len(prompts), desc=progress, disable=None if progress else True, leave=False)
-    for start in range(0, len(order), batch_size):
-        batch = order[start:start + batch_size]
-        texts = generate_batch(lm, [prompts[i] for i in batch], max_new_tokens, eos,
-                               eos if stop is None else stop,
-                               lambda z: choose(z, temperature, top_k, top_p, generator))
+    while start < len(order):
+        batch = order[start:start + most]
+        if not batch_size:
+            slots = [n * (len(prompts[i]) + max_new_tokens) for n, i in enumerate(batch, 1)]
+            batch = batch[:max(sum(n * per_slot <= CACHE_BYTES for n in slots), 1)]
+        try:
+            texts = generate_batch(lm, [prompts[i] for i in batch], max_new_tokens, ends,
+                                   lambda z: choose(z, temperature, top_k, top_p, generator))
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise UserError(f"one prompt of {len(prompts[batch[0]])} pieces does not fit into "
+                                f"memory: {error!s:.100}") from None
+            texts = None
+        if texts is None:                       # here the failed batch's tensors are gone
+            most = len(batch) // 2
+            print(f"note: out of memory; now {most} sequences at a time", file=sys.stderr)
+            continue
         for i, text in zip(batch, texts):
-            outputs[i] = text
+            end = next((n for n, token in enumerate(text) if token in eos), len(text))
+            outputs[i] = text[:end]
+        start += len(batch)
         bar.update(len(batch))
     bar.close()
     return outputs
