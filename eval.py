@@ -32,30 +32,21 @@ MOST = 10**9                    # of any number on the command line
 
 # ---- flags --------------------------------------------------------------------------------------
 
-
 class Parser(argparse.ArgumentParser):
     """One flag a field; a flag that was not given is absent from the result."""
 
-    def __init__(self, description: str, config: type, **extra):
+    def __init__(self, description: str, *configs: type, **extra):
         def lines(prog):
             return argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=100)
         super().__init__(description=description, formatter_class=lines, allow_abbrev=False,
                          argument_default=argparse.SUPPRESS, **extra)
-        self.add(config)
-
-    def add(self, config: type):
-        for f in fields(config):
-            default = "" if f.default in (None, False) else f" ({f.default})"
-            choices, how = f.metadata.get("choices"), {}
-            if kind_of(f) is bool:
-                how = {"action": argparse.BooleanOptionalAction}
-            else:
-                how = {"type": share if kind_of(f) is Fraction else kind_of(f), "choices": choices,
-                       "metavar": "|".join(choices) if choices and len(choices) < 4 else "X"}
-            text = f.metadata["help"] + default
-            if choices and len(choices) > 3:
-                text += ": " + ", ".join(choices)
-            self.add_argument(flag(f.name), help=text.replace("%", "%%"), **how)
+        for f in (f for config in configs for f in fields(config)):
+            choices, kind = f.metadata.get("choices"), kind_of(f)
+            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
+                "type": share if kind is Fraction else kind, "choices": choices, "metavar": "X"}
+            text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
+            text += "" if f.default in (None, False) else f" ({f.default})"
+            self.add_argument(*f.metadata.get("flags", [flag(f.name)]), dest=f.name, help=text.replace("%", "%%"), **how)
 
     def error(self, message):
         raise UserError(message)
@@ -82,47 +73,51 @@ def share(text: str) -> Fraction:
 def checked(config: type, values: dict):
     """A configuration whose values have their fields' types, choices and ranges; else UserError."""
     known = {f.name: f for f in fields(config)}
-    if odd := sorted(map(str, values.keys() - known.keys())):
-        raise UserError(f"{flag(odd[0][:80])}: no such setting")
     for name, value in values.items():
+        if name not in known:
+            raise UserError(f"{flag(str(name)[:80])}: no such setting")
         f, kind = known[name], kind_of(known[name])
-        choices, least = f.metadata.get("choices"), f.metadata.get("least", 0)
+        least, most = f.metadata.get("least", 0), f.metadata.get("most", MOST)
+        expected = None
         if value is None and "None" in str(f.type):
             continue
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise UserError(f"{flag(name)} {value!r:.80}: expected {kind.__name__}")
-        if choices and value not in choices:
-            raise UserError(f"{flag(name)} {value!r:.80}: expected one of {', '.join(choices)}")
-        if value == "" and kind is str:
-            raise UserError(f"{flag(name)}: expected a text, found an empty one (a shell variable "
-                            f"that is not set?)")
-        if kind in (int, float) and not least <= value <= f.metadata.get("most", MOST):
-            raise UserError(f"{flag(name)} {value}: expected {least} or more, at most "
-                            f"{f.metadata.get('most', MOST):,}")
+            expected = kind.__name__
+        elif value not in f.metadata.get("choices", (value,)):
+            expected = f"one of {', '.join(f.metadata['choices'])}"
+        elif value == "":
+            expected = "a text, and this is an empty one (of a shell variable that is not set?)"
+        elif kind in (int, float) and not least <= value <= most:
+            expected = f"a number from {least} to {most:,}"
+        if expected:
+            raise UserError(f"{flag(name)} {value!r:.80}: expected {expected}")
     return config(**values)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What scoring depends on. None: the task's own."""
-    task: str | None = option(None, "test set; default the run's", choices=tuple(TASKS))
-    data_dir: str | None = option(None, "data folder; default the run's, or the bundled one")
-    limit: int = option(0, "first N test examples, of each language; N a scenario (0: all)")
-    shots: int | None = option(None, "worked examples in the prompt; bundled model 0, else 8")
-    batch_size: int = option(0, "sequences generated at a time (0: what 6 GB of cache hold, at "
-                                "most 64)")
-    max_new_tokens: int = option(0, "0: the task's own (GSM8K 256)")
+    """What a model and its evaluation depend on, in eval.py and in train.py. None: depends."""
+    task: str | None = option(None, "which task; eval.py: default the run's", choices=tuple(TASKS))
+    ckpt: str | None = option(None, "model's folder, Meta's or Hugging Face's; default the bundled")
+    data_dir: str | None = option(None, "folder of the data files; default the bundled data")
+    eval_limit: int = option(0, "first N test examples, of each language or scenario (0: all)")
+    eval_batch: int = option(0, "sequences generated at a time (0: what 6 GB of cache hold)")
+    shots: int | None = option(None, "worked examples in its prompts; bundled model 0, else 8")
+    max_new_tokens: int = option(0, "of an answer (0: the task's own, GSM8K 256)")
     samples: int | None = option(None, "programs a problem; bundled model 1, else 20", least=1)
     temperature: float | None = option(None, "of the samples; 0.1, for a single one 0")
     top_k: int = option(40, "sample among so many pieces (0: all)")
-    top_p: float = option(0.75, "and among those that hold this probability", most=1)
+    top_p: float = option(0.75, "and among those that hold this probability", least=1e-9, most=1)
     k: int = option(0, "of pass@k; 0: 1, and 10 where there are 10 samples")
     run_code: bool = option(False, "run a model's programs, each in a sandbox, to score them")
     unsafe_no_sandbox: bool = option(False, "run them without one where none works")
-    predictions: str | None = option(None, "score this JSONL file instead of a model")
-    save_predictions: str | None = option(None, "keep the samples in this file")
-    seed: int = option(0, "of the samples")
-    validate: int = option(0, "score the last N training rows instead (GSM8K)")
+    save_predictions: str | None = option(None, "keep the programs in this file")
+    validate: int = option(0, "GSM8K: score the last N training rows, which are not trained on")
+    seed: int = option(0, "seed of everything")
+    device: str = option("auto", "cpu, cuda, cuda:1, …; auto: a GPU where there is one")
+    dtype: str = option("auto", "of the frozen weights; auto is bf16 on CUDA, else fp32",
+                        choices=("auto", "fp32", "bf16", "fp16"))
+    threads: int = option(0, "CPU threads of every process (0: cores / processes)", most=4096)
 
 
 # ---- the machine --------------------------------------------------------------------------------
@@ -195,17 +190,17 @@ def worked_examples(shots: int) -> str:
 
 def prepare(cfg: EvalConfig) -> list[Path]:
     """Reads what `score` will need, so that a mistake ends before any training; its files."""
-    read_gold(cfg), worked_examples(cfg.shots or 0)
+    read_gold(cfg), worked_examples(cfg.shots)
     return [Path(cfg.data_dir) / "gsm8k" / ("train.jsonl" if cfg.validate else "test.jsonl")]
 
 
 def score(lm: LM, tokenizer, cfg: EvalConfig, progress: str) -> dict:
     """Greedy chain of thought. Without shots the prompt is the training template's."""
-    questions, gold = (part[-cfg.validate:][:cfg.limit or None] for part in read_gold(cfg))
+    questions, gold = (part[-cfg.validate:][:cfg.eval_limit or None] for part in read_gold(cfg))
     head = worked_examples(cfg.shots)
     prompts = [f"{head}Q: {q}\nA:" if cfg.shots else prompt_of(q) for q in questions]
     ids = [[tokenizer.bos] + tokenizer.encode(prompt) for prompt in prompts]
-    texts = generate(lm, ids, cfg.max_new_tokens or 256, tokenizer.ends, cfg.batch_size,
+    texts = generate(lm, ids, cfg.max_new_tokens or 256, tokenizer.ends, cfg.eval_batch,
                      progress=progress)
     return accuracy([extract_number(tokenizer.decode(text)) for text in texts], gold)
 
@@ -263,15 +258,16 @@ def models_of_run(folder: Path, device, dtype) -> tuple[dict, object, object]:
 @dataclass(frozen=True)
 class Command(EvalConfig):
     """Every flag of eval.py."""
+    eval_limit: int = option(0, "first N test examples, of each language or scenario (0: all)",
+                             flags=["--limit"])
+    eval_batch: int = option(0, "sequences generated at a time (0: what 6 GB of cache hold)",
+                             flags=["--batch-size"])
     run: str | None = option(None, "run folder of train.py")
     model: str = option("adapfu", "which of the run's models")
-    ckpt: str | None = option(None, "checkpoint folder; default the bundled one")
     prompt: str | None = option(None, "print the greedy completion of this text, and nothing else")
+    predictions: str | None = option(None, "score this JSONL file instead of a model")
     export: str | None = option(None, "write the model to this new folder for other tools")
     format: str = option("hf", "merged weights, or LoRA alone", choices=("hf", "meta", "peft"))
-    dtype: str = option("auto", "bf16 on CUDA, else fp32", choices=("auto", "fp32", "bf16", "fp16"))
-    device: str = option("auto", "cpu, cuda, cuda:1, …")
-    threads: int = option(0, "CPU threads (0: all cores)", most=4096)
     json: bool = option(False, "print one JSON object")
 
 
@@ -288,19 +284,19 @@ def main_guard(main):
 
 
 def parse_args(argv=None) -> Command:
-    given = vars(Parser(__doc__, Command).parse_args(argv))
-    args = checked(Command, given)
+    args = checked(Command, vars(Parser(__doc__, Command).parse_args(argv)))
     samples = args.samples or (20 if args.ckpt else 1)
     if args.k > samples and not args.predictions:
         raise UserError(f"--k {args.k}: pass@k needs k samples of each problem; --samples is "
                         f"{samples}")
-    if args.top_p == 0:
-        raise UserError("--top-p 0: expected a share above 0, for example 0.75")
     there = args.export and Path(args.export)
     if there and there.exists() and not (there.is_dir() and not any(there.iterdir())):
         raise UserError(f"--export {there}: exists already and is not empty; choose another name")
     if args.run and args.ckpt:
         raise UserError("--run and --ckpt: a run knows its checkpoint; give one of the two")
+    if not (args.task or args.run or args.prompt is not None or args.export or args.predictions):
+        raise UserError(f"--task: expected one of {', '.join(TASKS)} (or --prompt, --run, "
+                        f"--predictions)")
     return replace(args, samples=samples)
 
 
@@ -312,46 +308,41 @@ def complete(lm: LM, tokenizer, args: Command) -> str:
     return whole[len(text):]                # decoded together: the first piece keeps its space
 
 
-def loaded(args: Command) -> tuple[LM, object, Command, str]:
-    """(model, tokenizer, args with what the run or checkpoint suggests, the checkpoint's path)."""
+def loaded(args: Command) -> tuple[LM, object, dict]:
+    """(model, tokenizer, what the run or the checkpoint suggests for flags that were not given)."""
     device = pick_device(args.device)
     dtype = None if args.export and args.dtype == "auto" else pick_dtype(args.dtype, device)
-    if args.run:
-        models, tokenizer, cfg = models_of_run(Path(args.run), device, dtype)
-        if args.model not in models:
-            raise UserError(f"--model {args.model}: a {cfg.method} run has {', '.join(models)}")
-        lm, suggested = models[args.model], (cfg.ckpt, cfg.task, cfg.data_dir, cfg.shots)
-    else:
-        lm, tokenizer = load(args.ckpt or BUNDLED_CKPT, dtype=dtype, device=device)
-        suggested = str(args.ckpt or BUNDLED_CKPT), None, str(BUNDLED_DATA), 8 if args.ckpt else 0
-    ckpt, task, data_dir, shots = suggested
-    args = replace(args, task=args.task or task, data_dir=args.data_dir or data_dir,
-                   shots=shots if args.shots is None else args.shots)
-    return lm, tokenizer, args, ckpt
+    if not args.run:
+        ckpt = args.ckpt or str(BUNDLED_CKPT)
+        return *load(ckpt, dtype=dtype, device=device), {"ckpt": ckpt, "shots": 8 * bool(args.ckpt)}
+    models, tokenizer, cfg = models_of_run(Path(args.run), device, dtype)
+    if args.model not in models:
+        raise UserError(f"--model {args.model}: a {cfg.method} run has {', '.join(models)}")
+    suggested = {name: getattr(cfg, name) for name in ("ckpt", "task", "data_dir", "shots")}
+    return models[args.model], tokenizer, suggested
 
 
 def main(argv=None) -> int:
-    args = parse_args(argv)
+    args, suggested = parse_args(argv), {}
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
-    if args.predictions:
-        args = replace(args, task=args.task or "gsm8k", data_dir=args.data_dir or str(BUNDLED_DATA))
-        return show(scorer_of(args.task).score_predictions(args), args)
-    if not (args.task or args.run or args.prompt is not None or args.export):
-        raise UserError(f"--task: expected one of {', '.join(TASKS)} (or --prompt, --run, "
-                        f"--predictions)")
-    lm, tokenizer, args, ckpt = loaded(args)
+    if not args.predictions:
+        lm, tokenizer, suggested = loaded(args)
+    suggested = {"task": "gsm8k", "data_dir": str(BUNDLED_DATA)} | suggested
+    args = replace(args, **{name: value for name, value in suggested.items()
+                            if getattr(args, name) is None})
     if args.export:
-        room("extras.huggingface").export(lm, Path(args.export).absolute(), args.format, ckpt)
+        room("extras.huggingface").export(lm, Path(args.export).absolute(), args.format, args.ckpt)
         return 0
     if args.prompt is not None:
         print(complete(lm, tokenizer, args))
         return 0
-    scorer_of(args.task).prepare(args)
-    return show(evaluate(lm, tokenizer, args, args.task), args)
-
-
-def show(result: dict, args: Command) -> int:
-    print(json.dumps(result)) if args.json else scorer_of(args.task).report(result)
+    scorer = scorer_of(args.task)
+    if args.predictions:
+        result = scorer.score_predictions(args)
+    else:
+        scorer.prepare(args)
+        result = evaluate(lm, tokenizer, args, args.task)
+    print(json.dumps(result)) if args.json else scorer.report(result)
     return 0
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lora import add_lora, copy_into, lora_tensors, twin_blocks
+from lora import add_lora, copy_into, lora_tensors
 from model import LM, ModelConfig, UserError
 
 Payload = dict[str, Tensor]
@@ -47,22 +47,22 @@ class Config:
     dropout: Fraction = option(Fraction("0.2"), "share of layers below the adapter to drop (beta)")
     adapter: int = option(2, "layers of the adapter (s)")
     rounds: int = option(500, "communication rounds (R)")
-    local_steps: int = option(30, "steps of a client in a round (K)")
-    batch_size: int = option(10, "examples a step, clients and server")
+    local_steps: int = option(30, "steps of a client in a round (K)", least=1)
+    batch_size: int = option(10, "examples a step, clients and server", least=1)
     align_init: int = option(500, "alignment steps before the first round")
     align_steps: int = option(10, "alignment steps between rounds (E)")
     # DIFFERS: section 3.1 and Eq. 5 tune all weights of E before round 1, section 4.1 and the
     # authors' code its LoRA alone. Both readings are here.
-    align_init_on: str = option("lora", "what the steps before round 1 tune: the emulator's "
-                                "weights (Eq. 5) or its lora", choices=("weights", "lora"))
-    # PAPER SILENT: the learning rate of the alignment, and the schedule of its first steps.
+    align_init_on: str = option("lora", "steps before round 1 tune E's weights (Eq. 5) or its lora",
+                                choices=("weights", "lora"))
+    # PAPER SILENT: the learning rate of the alignment, its warm-up and its decay.
     align_init_lr: float = option(1e-3, "peak learning rate of --align-init-on weights")
-    server_lr: float = option(1e-4, "learning rate of the alignment of the emulator's LoRA")
+    server_lr: float = option(1e-4, "learning rate of the alignment of E's LoRA")
     lr: float = option(1e-4, "learning rate of the clients (eta); the paper searches 1e-5..1e-4")
     # PAPER SILENT: lambda and epsilon come from a grid search whose result is not given.
     kl_weight: float = option(1.0, "weight of the KL in the alignment (lambda)")
-    prox: float = option(0.01, "weight of the clients' pull towards what was broadcast (epsilon)")
-    rank: int = option(8, "LoRA rank")
+    prox: float = option(0.01, "weight of the clients' pull to what was broadcast (epsilon)")
+    rank: int = option(8, "LoRA rank", least=1)
     alpha: float = option(16.0, "LoRA alpha")
     clients_per_round: int = option(0, "clients that take part in a round (0: all)")
     align_norm: str = option("rms", "divide the L2 by the teacher's mean square, or not",
@@ -70,17 +70,10 @@ class Config:
     align_tokens: str = option("answer", "tokens to align on: the answer's, or all, padding too",
                                choices=("answer", "all"))
     align_renew: bool = option(False, "a new alignment optimizer every round (authors' code)")
-    max_update_norm: float = option(10.0, "reject an upload that moved this many times further "
-                                          "than the round's median (0: none)")
-    client_timeout: float = option(0.0, "seconds of a client's own work after which a round goes "
-                                        "on without its upload (0: it waits); for torchrun")
-    uniform_weights: bool = option(False, "average uploads uniformly, as in the authors' code")
+    max_update_norm: float = option(10.0, "reject uploads this many times the median (0: none)")
+    client_timeout: float = option(0.0, "torchrun: seconds of work until a client is left out")
+    uniform_weights: bool = option(False, "average uploads uniformly, as the authors' code")
     seed: int = option(0, "seed of everything")
-
-
-@dataclass(frozen=True)
-class NoFlags:
-    """The flags of a method that has none of its own."""
 
 
 # ---- Algorithm 1 --------------------------------------------------------------------------------
@@ -159,8 +152,8 @@ def kl_rows(t: Tensor, delta: Tensor, careful: bool) -> tuple[Tensor, Tensor]:
         return c - delta.mul_(p_t).sum(-1, keepdim=True), p_s.sub_(p_t)
     kl = c - (delta * p_t).sum(-1, keepdim=True)
     gradient = p_s.add_(p_t).mul_(delta.sub_(c).mul_(0.5).tanh_())
-    astray = gradient.sum(-1, keepdim=True)
-    return kl + astray, gradient.addcmul_(p_t, astray, value=-1)
+    excess = gradient.sum(-1, keepdim=True)
+    return kl + excess, gradient.addcmul_(p_t, excess, value=-1)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -213,7 +206,7 @@ class LinearKL(torch.autograd.Function):
 
 
 def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """sum_i w_i * cross_entropy(W h_i, y_i): a scalar, fp32. Eq. 6.
+    """sum_i w_i * cross_entropy(W h_i, y_i): a scalar, fp32. Eq. 1.
 
     h (N, D) after the final norm, W (V, D) the frozen head (it gets no gradient), targets (N,)
     int64, weights (N,) fp32; a row of weight 0 is ignored, whatever it holds.
@@ -224,7 +217,7 @@ def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor)
 
 def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor,
               offset=None) -> Tensor:
-    """sum_i w_i * KL(softmax(W h_teacher_i) || softmax(W h_student_i)): a scalar, fp32. Eq. 5.
+    """sum_i w_i * KL(softmax(W h_teacher_i) || softmax(W h_student_i)): a scalar, fp32. Eq. 4.
 
     h_* (N, D), W (V, D) frozen, weights (N,) fp32, 0 = ignored. Gradient for h_student only. The
     two logits' difference is W (h_s - h_t), so that bf16 rounds the *disagreement*: near agreement
@@ -236,7 +229,7 @@ def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor,
 
 
 def proximal(pairs, scale: float) -> Tensor:
-    """Eq. 9: sum over (B, A, B0, A0) of ||scale (B A - B0 A0)||^2, a scalar, fp32.
+    """Eq. 6: sum over (B, A, B0, A0) of ||scale (B A - B0 A0)||^2, a scalar, fp32.
 
     B (d_out, r), A (r, d_in). BA - B0A0 = [B - B0, B0] [A; A - A0] = L R, and ||L R||^2 is the sum
     of (L^T L) * (R R^T): no d x d matrix, and exact for deltas too small for B A - B0 A0 in fp32.
@@ -249,10 +242,10 @@ def proximal(pairs, scale: float) -> Tensor:
 
 
 # ---- Algorithm 2 --------------------------------------------------------------------------------
-# Server and Client meet through payloads alone, dicts of tensors. A server holds all that is learnt.
-# A client may keep tensors that it was sent, and nothing that it made (no optimizer, no generator):
-# so a wire may give any client any shard, or build a client anew from `bootstrap` and a whole
-# broadcast. Only FedTT+ broadcasts less than all; its clients refuse what has a gap.
+# Server and Client meet through payloads alone, dicts of tensors; what is learnt is at the server. A
+# client may keep tensors that it was sent, nothing that it made (no optimizer, no generator): so a
+# wire may give any client any shard, or build a client anew from `bootstrap` and a whole broadcast.
+# Only FedTT+ broadcasts less than all; its clients refuse a gap.
 
 def generator(*key: int) -> torch.Generator:
     """Randomness is a function of (seed, round, client, ...): nothing to save, nothing shared."""
@@ -284,8 +277,9 @@ class Server:
     """Owns the whole LLM and the public data; clients get the emulator and the adapter."""
 
     no_use = frozenset()                        # shared flags that mean nothing to the method
-    Flags = NoFlags                             # the method's own flags, with defaults and help
+    Flags = None                                # a dataclass: the method's own flags
     period = 1                                  # rounds after which the sizes of payloads repeat
+    emulator: Payload = {}                      # the weights that Eq. 5 trained, by name
 
     @staticmethod
     def defaults(method: str, bundled: bool) -> dict:
@@ -296,18 +290,12 @@ class Server:
         self.full, self.public, self.cfg, self.measured = full, public, cfg, {}
         self.kept, self.adapter = self.split(full.config.n_layers, cfg)
         self.cut = self.adapter[-cfg.adapter]                       # the first layer on top of E
-        blocks = twin_blocks(full.with_layers({i: full.layers[str(i)]
-                                               for i in self.kept + self.adapter}))
-        self.aligned = cfg.align_init_on != "weights"               # Eq. 5: E has weights of its own
-        for i in () if self.aligned else self.kept:
-            own = {n: p.to(torch.float32, copy=True) for n, p in blocks[i].state_dict().items()}
-            blocks[i].load_state_dict(own, assign=True)
+        compressed = full.with_layers({i: full.layers[str(i)] for i in self.kept + self.adapter})
         rng = generator(cfg.seed, 0, SERVER)
-        self.student = add_lora(full.with_layers(blocks), cfg.rank, cfg.alpha, rng)
-        self.student.requires_grad_(False)
-        self.emulator = {} if self.aligned else {
-            f"layers.{i}.{n}": p for i in self.kept
-            for n, p in self.student.layers[str(i)].named_parameters() if ".lora_" not in n}
+        self.student = add_lora(compressed, cfg.rank, cfg.alpha, rng).requires_grad_(False)
+        if cfg.align_init_on == "weights":
+            self.give_own_weights(self.student.layers)
+        self.aligned = not self.emulator
         self.emulated = lora_tensors(self.student, self.kept)           # LoRA of E: trained here
         self.tuned = lora_tensors(self.student, self.adapter)           # LoRA of A: averaged here
         for p in self.emulated.values():
@@ -316,6 +304,14 @@ class Server:
         layers |= {i: self.student.layers[str(i)] for i in self.adapter}
         self.teacher = full.with_layers(layers)                         # E* and A
         self.optimizer = self.new_optimizer()
+
+    def give_own_weights(self, layers):
+        """E's matrices and norms become fp32 copies, so that Eq. 5 leaves the full model alone."""
+        own = {n: p.to(torch.float32, copy=True) for n, p in layers.state_dict().items()
+               if int(n.split(".")[0]) in self.kept and ".lora_" not in n}
+        layers.load_state_dict(layers.state_dict() | own, assign=True)
+        layers.requires_grad_(False)
+        self.emulator = {f"layers.{n}": layers.get_parameter(n) for n in own}
 
     @staticmethod
     def split(n: int, cfg) -> tuple[list[int], list[int]]:
@@ -350,24 +346,24 @@ class Server:
         self.descend(t, steps, self.optimizer)
 
     def align_weights(self, steps: int):
-        """Eq. 5: AdamW on all matrices and norms of E, kept in fp32 meanwhile; then they are frozen
-        in the checkpoint's dtype. LoRA of E is zero in these steps and comes in afterwards."""
-        cfg, weights, warm_up = self.cfg, [*self.emulator.values()], 20
-        optimizer = torch.optim.AdamW(weights, lr=cfg.align_init_lr, betas=(0.9, 0.95))
+        """Eq. 5: AdamW on all matrices and norms of E, then E is frozen in the checkpoint's dtype.
+        LoRA of E is zero in these steps and comes in afterwards."""
+        weights, warm_up = [*self.emulator.values()], 20
+        optimizer = torch.optim.AdamW(weights, lr=self.cfg.align_init_lr, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda k: min((k + 1) / warm_up, (steps - k) / max(steps - warm_up, 1)))
         for p in (*self.emulated.values(), *weights):
             p.requires_grad_(not p.requires_grad)
         self.descend(0, steps, optimizer, schedule)
-        self.freeze({name: p.detach() for name, p in self.emulator.items()})
+        self.freeze(detached(self.emulator))
 
     def freeze(self, weights: Payload):
         """E's own weights become `weights`, rounded to the checkpoint's dtype."""
-        stored, dtype = self.full.stored, self.full.output.weight.dtype
+        dtype = self.full.output.weight.dtype
         assert weights.keys() == self.emulator.keys(), "freeze: other layers than the emulator's"
         for name, p in self.emulator.items():
             assert p.shape == weights[name].shape, f"freeze: another shape of {name}"
-            p.data = weights[name].to(p.device, stored or dtype).to(dtype)
+            p.data = weights[name].to(p.device, self.full.stored or dtype).to(dtype)
             p.grad = None
             p.requires_grad_(False)
         for p in self.emulated.values():
@@ -387,11 +383,11 @@ class Server:
                 schedule.step()
             losses.append(torch.stack([value.detach() for _, value in terms.values()]))
         if losses:                                                      # mean of the last ten steps
-            found = dict(zip(terms, torch.stack(losses[-10:]).mean(0).tolist()))
-            if not all(map(math.isfinite, found.values())):
-                raise UserError(f"round {t + 1}: the alignment's losses are {found}; try a smaller "
+            means = torch.stack(losses[-10:]).mean(0).tolist()
+            self.measured = {f"align_{name}": value for name, value in zip(terms, means)}
+            if not all(map(math.isfinite, means)):
+                raise UserError(f"round {t + 1}: the alignment's losses are {means}; try a smaller "
                                 f"--server-lr or --align-init-lr")
-            self.measured = {f"align_{name}": value for name, value in found.items()}
 
     def alignment_losses(self, batch) -> dict[str, tuple[float, Tensor]]:
         """Name: (weight, value) of every term. The names reach log and picture by themselves.
@@ -406,10 +402,11 @@ class Server:
         if self.cfg.align_tokens == "all":
             rows = torch.arange(batch.tokens.numel(), device=batch.tokens.device)
             weights = torch.full(rows.shape, 1 / len(rows), device=rows.device)
-        W, dtype = self.full.output.weight, self.full.output.weight.dtype
+        W = self.full.output.weight
         with torch.no_grad():
             target, h_teacher = self.teacher.hidden(batch.tokens, rows=rows, tap=self.cut)
-        with torch.autocast(W.device.type, dtype, enabled=not (self.aligned or W.dtype.itemsize == 4)):
+        mixed = not self.aligned and W.dtype != torch.float32       # fp32 weights of E in Eq. 5
+        with torch.autocast(W.device.type, W.dtype, enabled=mixed):
             entered, h_student = self.student.hidden(batch.tokens, rows=rows, tap=self.cut)
         l2 = (weights * (entered.float() - target.float()).square().sum(-1)).sum()
         if self.cfg.align_norm == "rms":
@@ -545,13 +542,10 @@ def choose_clients(cfg, clients: int, t: int) -> list[int]:
 
 def misfit(upload: Payload, expected: Payload) -> str:
     """Why an upload cannot be counted, by its names, shapes and dtypes alone; "": it can."""
-    if odd := sorted(map(str, upload.keys() ^ expected.keys())):
-        return f"{len(odd)} tensors are missing or surplus, the first is {odd[0][:80]!r}"
-    for name, like in expected.items():
-        if (upload[name].dtype, upload[name].shape) != (like.dtype, like.shape):
-            return (f"{name} is {upload[name].dtype} {list(upload[name].shape)}, "
-                    f"expected {like.dtype} {list(like.shape)}")
-    return ""
+    found, wanted = ({name: (t.dtype, [*t.shape]) for name, t in p.items()}
+                     for p in (upload, expected))
+    odd = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+    return f"{odd[0]:.80} is {found.get(odd[0])}, expected {wanted.get(odd[0])}" if odd else ""
 
 
 def implausible(metrics: dict) -> str:
@@ -591,12 +585,11 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
         if not reasons[m] and 0 < bound * usual < norms[m]:
             reasons[m] = (f"it moved {norms[m]:.3g}, more than --max-update-norm {bound:g} times "
                           f"the round's median {usual:.3g}")
-    for m in results:
-        if reasons[m]:
-            print(f"round {t + 1}, client {m}: rejected, {reasons[m]}", file=sys.stderr)
+    for m in (m for m in results if reasons[m]):
+        print(f"round {t + 1}, client {m}: rejected, {reasons[m]}", file=sys.stderr)
     if all(reasons.values()):
-        raise UserError(f"round {t + 1}: no client's upload could be counted; the last round's "
-                        f"state is kept")
+        raise UserError(f"round {t + 1}: no client's upload could be counted, the last one since "
+                        f"{reasons.popitem()[1]}; the last round's state is kept")
     return {m: result for m, result in results.items() if not reasons[m]}
 
 

@@ -10,6 +10,7 @@ a run costs, counted without weights); the run folder; Run (log, state, evaluati
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -25,7 +26,7 @@ import torch
 from data import TASKS, digest_of, make_public, make_shards
 from eval import (BUNDLED_CKPT, BUNDLED_DATA, EvalConfig, Parser, checked, evaluate, flag,
                   main_guard, pick_device, pick_dtype, scorer_of)
-from fedbiot import Config, NoFlags, Wire, federate, option, payload_bytes
+from fedbiot import Config, Wire, federate, option, payload_bytes
 from model import (ModelConfig, UserError, fingerprint, load_tokenizer, load_weights, read_json,
                    read_saved, room, write_file, write_json)
 
@@ -35,10 +36,10 @@ METHODS = {"fedbiot": "fedbiot", "offsite": "baselines.offsite", "fedot": "basel
            "fedtt+": "baselines.fedtt", "fedpt": "baselines.fedpt"}
 
 # What a real model is run with, and what the bundled one is (tiny/README.md says how it was found).
-PAPER = {"rounds": 500, "local_steps": 30, "lr": 1e-4, "server_lr": 1e-4, "shots": 8, "samples": 20,
-         "align_init_on": "lora"}
-BUNDLED = {"rounds": 5, "lr": 3e-3, "server_lr": 2e-3, "max_len": 256, "shots": 0, "samples": 1,
-           "align_init_on": "weights"}
+PAPER = {"rounds": 500, "lr": 1e-4, "server_lr": 1e-4, "align_init_on": "lora", "shots": 8,
+         "samples": 20}
+BUNDLED = {"rounds": 5, "lr": 3e-3, "server_lr": 2e-3, "align_init_on": "weights", "shots": 0,
+           "samples": 1, "max_len": 256}
 PRESETS = {"paper": {}, "official-code": {"align_tokens": "all", "prox": 0.0, "align_renew": True,
                                           "uniform_weights": True}}
 
@@ -46,45 +47,25 @@ PRESETS = {"paper": {}, "official-code": {"align_tokens": "all", "prox": 0.0, "a
 # ---- flags --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class RunConfig(Config):
-    """Config, and what a run is beside its algorithm. None: depends, see `resolve`."""
-    rounds: int | None = option(None, "communication rounds (R); bundled model 5, else 500", least=1)
-    local_steps: int | None = option(None, "steps of a client in a round (K); 30", least=1)
-    # PAPER SILENT: the rates of the bundled model were found on held-out rows (benchmarks/).
-    lr: float | None = option(None, "clients' learning rate (eta); bundled model 3e-3, else 1e-4")
-    server_lr: float | None = option(None, "that of the alignment; bundled model 2e-3, else 1e-4")
-    align_init_on: str | None = option(
-        None, "what the steps before round 1 tune, the emulator's weights (Eq. 5; needs 16 bytes a "
-        "parameter of it) or its lora; bundled model weights, else lora",
-        choices=("weights", "lora"))
+class RunConfig(Config, EvalConfig):
+    """Config, EvalConfig, and what a run is beside them. None: depends, see `resolve`."""
     task: str = option("gsm8k", "what the clients' data teaches", choices=tuple(TASKS))
     method: str = option("fedbiot", "federated method", choices=tuple(METHODS))
-    ckpt: str | None = option(None, "model's folder, Meta's or Hugging Face's; default the bundled")
-    data_dir: str | None = option(None, "folder of the data files; default the bundled data")
+    preset: str = option("paper", "the paper's settings, or its authors'", choices=tuple(PRESETS))
+    rounds: int | None = option(None, "communication rounds (R); bundled model 5, else 500", least=1)
+    # PAPER SILENT: the rates of the bundled model were found on held-out rows (benchmarks/).
+    lr: float | None = option(None, "clients' learning rate (eta); bundled model 3e-3, else 1e-4")
+    server_lr: float | None = option(None, "of E's LoRA; bundled model 2e-3, else 1e-4")
+    align_init_on: str | None = option(
+        None, "steps before round 1 tune E's weights (Eq. 5; 16 bytes a parameter of E) or its "
+        "lora; bundled model weights, else lora", choices=("weights", "lora"))
+    clients: int | None = option(None, "default the task's: gsm8k 3, rosetta 9, dolly 8", least=1)
     own_data: bool = option(False, "torchrun: every client rank has its own --data-dir")
-    preset: str = option("paper", "paper, or what its authors' code does", choices=tuple(PRESETS))
-    clients: int | None = option(None, "clients; default the task's (gsm8k 3, rosetta 9, dolly 8)",
-                                 least=1)
     max_len: int | None = option(None, "longest training sequence; default the task's", least=2)
-    shots: int | None = option(None, "worked examples in its prompts; bundled model 0, else 8")
-    samples: int | None = option(None, "rosetta: programs a problem; bundled 1, else 20", least=1)
-    run_code: bool = option(False, "rosetta: run the programs, sandboxed; else compare texts")
-    eval_every: int = option(0, "rounds between evaluations (0: only at the end)")
-    eval_limit: int = option(0, "first N test examples (0: all)")
-    eval_batch: int = option(0, "sequences generated at a time (0: what 6 GB of cache hold)")
-    validate: int = option(0, "hold out the last N training rows and score those (gsm8k)")
     strip_annotations: bool = option(False, "take GSM8K's <<48/2=24>> out of the training answers")
-    device: str = option("auto", "cpu, cuda, cuda:1, …; auto: a GPU where there is one")
-    dtype: str = option("auto", "of the frozen weights; auto: bf16 on CUDA, else fp32",
-                        choices=("auto", "fp32", "bf16", "fp16"))
-    threads: int = option(0, "CPU threads of every process (0: cores / processes)", most=4096)
+    eval_every: int = option(0, "rounds between evaluations (0: only at the end)")
     out: str | None = option(None, "run folder; default runs/<task>-<method>-…")
     init_lora: str | None = option(None, "LoRA to start from: PEFT's folder, a run's, or a lora.pt")
-
-    def scoring(self) -> EvalConfig:
-        own = ("task", "data_dir", "shots", "samples", "run_code", "seed", "validate")
-        return EvalConfig(**{name: getattr(self, name) for name in own}, limit=self.eval_limit,
-                          batch_size=self.eval_batch)
 
 
 @dataclass(frozen=True)
@@ -102,22 +83,22 @@ def method_of(name: str):
 
 def config_of(method: str) -> type:
     """RunConfig with the method's own flags."""
-    own = [(f.name, f.type, f) for f in fields(method_of(method).Server.Flags)]
+    own = [(f.name, f.type, f) for flags in own_flags(method) for f in fields(flags)]
     return make_dataclass("MethodConfig", own, bases=(RunConfig,), frozen=True)
+
+
+def own_flags(*methods: str) -> list[type]:
+    return list(dict.fromkeys(method_of(m).Server.Flags for m in methods
+                              if method_of(m).Server.Flags))
 
 
 def parse(argv=None) -> tuple[RunConfig, Action]:
     """The flags of the method that `argv` names; another method's are noted, others refused."""
     first, _ = Parser("", RunConfig, add_help=False).parse_known_args(argv)
     method = vars(first).get("method", "fedbiot")
-    parser = Parser(__doc__, config_of(method))
-    parser.add(Action)
-    given, left = parser.parse_known_args(argv)
-    others = Parser("", NoFlags)
-    for name in {METHODS[m]: m for m in METHODS}.values() if left else ():
-        if METHODS[name] != METHODS[method]:
-            others.add(method_of(name).Server.Flags)
-    idle, given = vars(others.parse_args(left)), vars(given)
+    given, left = Parser(__doc__, config_of(method), Action).parse_known_args(argv)
+    idle = vars(Parser("", *(own_flags(*METHODS) if left else ())).parse_args(left))
+    given = vars(given)
     action = checked(Action, {f.name: given.pop(f.name, False) for f in fields(Action)})
     cfg = resolve(given)
     idle = [*idle, *(name for name in given if name in method_of(method).Server.no_use)]
@@ -126,39 +107,33 @@ def parse(argv=None) -> tuple[RunConfig, Action]:
     return cfg, action
 
 
-def local_processes() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def resolve(given: dict) -> RunConfig:
     """The whole configuration from the flags given: preset, then what the checkpoint suggests."""
     bundled, task = given.get("ckpt") is None, TASKS[given.get("task", "gsm8k")]
-    method, server = given.get("method", "fedbiot"), method_of(given.get("method", "fedbiot")).Server
-    values = {"max_len": task.max_len, "clients": task.clients} | PAPER
-    values |= (BUNDLED if bundled else {}) | server.defaults(method, bundled)
+    method, world = given.get("method", "fedbiot"), int(os.environ.get("WORLD_SIZE", 1))
+    values = {"ckpt": str(BUNDLED_CKPT), "data_dir": str(BUNDLED_DATA), "max_len": task.max_len}
+    values |= {"clients": world - 1 if given.get("own_data") else task.clients}
+    values |= (BUNDLED if bundled else PAPER) | method_of(method).Server.defaults(method, bundled)
     values |= PRESETS[given.get("preset", "paper")] | given
-    if values.get("own_data"):
-        values["clients"] = int(os.environ.get("WORLD_SIZE", 1)) - 1
-    values = {"ckpt": str(BUNDLED_CKPT), "data_dir": str(BUNDLED_DATA)} | values
     cores = len(os.sched_getaffinity(0))
     values["threads"] = values.get("threads") or max(cores // local_processes(), 1)
     cfg = checked(config_of(method), values)
-    refuse_contradictions(cfg, given)
-    return cfg
-
-
-def refuse_contradictions(cfg: RunConfig, given: dict):
     if cfg.clients_per_round > cfg.clients:
         raise UserError(f"--clients-per-round {cfg.clients_per_round}: there are {cfg.clients}")
     if cfg.validate and cfg.task != "gsm8k":
-        raise UserError(f"--validate {cfg.validate}: only gsm8k trains and tests on rows of "
-                        f"one kind; leave it out")
-    if cfg.method == "offsite" and cfg.clients != 1:
-        raise UserError(f"--method offsite with {cfg.clients} clients: Offsite-Tuning has one "
-                        f"client; fedot has several")
-    if cfg.own_data and (given.get("clients", cfg.clients) != cfg.clients or cfg.clients < 1):
-        raise UserError("--own-data: every client is a process of its own under torchrun, as many "
-                        "as --nproc-per-node less one; leave --clients out")
+        raise UserError(f"--validate {cfg.validate}: only gsm8k trains and tests on rows of one "
+                        f"kind; leave it out")
+    if method == "offsite" and cfg.clients != 1:
+        raise UserError(f"--method offsite: Offsite-Tuning has one client, found {cfg.clients}; "
+                        f"fedot has several")
+    if cfg.own_data and cfg.clients != world - 1:
+        raise UserError(f"--own-data --clients {cfg.clients}: every client is a process under "
+                        f"torchrun, which started {world - 1} of them; leave --clients out")
+    return cfg
+
+
+def local_processes() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def as_json(cfg) -> dict:
@@ -205,30 +180,31 @@ FREE = {"out", "device", "client_timeout", "ckpt", "data_dir"}      # a resumed 
 
 
 @contextlib.contextmanager
-def run_folder(cfg: RunConfig, resume: bool, restarted: bool):
+def run_folder(cfg: RunConfig, go_on: bool, restarted: bool):
     """The folder of the run, made now, so that no second run can choose it, and locked until the
     end. An explicit --out that exists needs --resume; a default name takes -2, -3, …, and the last
     is resumed. What torchrun restarts goes on, but not with a finished run."""
     name = f"{cfg.task}-{cfg.method}-b{float(cfg.dropout):g}-s{cfg.adapter}-seed{cfg.seed}"
-    folder = last = Path(cfg.out or Path("runs") / name)
-    number = 1
-    while not cfg.out and folder.exists():
-        number, last = number + 1, folder
-        folder = Path("runs") / f"{name}-{number}"
-    if last.exists() and (resume or restarted and (cfg.out or not is_finished(last))):
+    names = [cfg.out] if cfg.out else itertools.chain(
+        [f"runs/{name}"], (f"runs/{name}-{n}" for n in itertools.count(2)))
+    last = None
+    for folder in map(Path, names):
+        try:
+            if not (go_on and cfg.out):
+                folder.mkdir(parents=True)
+                break
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            if cfg.out:
+                raise UserError(f"--out {folder}: exists already; add --resume to go on with it, "
+                                f"or choose another name") from None
+            last = folder
+        except OSError as error:
+            raise UserError(f"--out {folder}: cannot be made ({error.strerror})") from None
+    if last and go_on and not (restarted and is_finished(last)):
+        folder.rmdir()
         folder = last
-    try:
-        folder.mkdir(parents=True, exist_ok=resume or restarted)
-        lock = os.open(folder, os.O_RDONLY)
-    except FileExistsError:
-        if not cfg.out:                                     # another run was faster
-            with run_folder(cfg, resume, restarted) as folder:
-                yield folder
-            return
-        raise UserError(f"--out {folder}: exists already; add --resume to go on with it, or choose "
-                        f"another name") from None
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be made ({error.strerror})") from None
+    lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the kernel lets go of it at our end
         yield folder
@@ -294,7 +270,7 @@ def load_state(folder: Path, cfg: RunConfig, files: dict[str, str]) -> dict | No
 
 def files_of(cfg: RunConfig) -> dict[str, str]:
     """Fingerprints of the test files and of the checkpoint, read before the first step."""
-    tests = scorer_of(cfg.task).prepare(cfg.scoring())
+    tests = scorer_of(cfg.task).prepare(cfg)
     ckpt = [p for p in Path(cfg.ckpt).iterdir() if p.is_file() and p.name[0] != "."]
     return {path.name: fingerprint(path) for path in [*tests, *sorted(ckpt)]}
 
@@ -372,7 +348,7 @@ class Run:
             return
         for name, lm in self.server.models().items():
             if name != "base" or "base" not in metrics:
-                metrics[name] = evaluate(lm, self.tokenizer, cfg.scoring(), f"evaluate {name}")
+                metrics[name] = evaluate(lm, self.tokenizer, cfg, f"evaluate {name}")
             row[name] = metrics[name]["accuracy"]
         self.save()
 
@@ -402,7 +378,7 @@ def peak_memory(device) -> int:
 def serve(cfg: RunConfig, action: Action, costs: dict, device, processes=None):
     """The server's side, and in one process the clients' too: from the run folder to the summary."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    with run_folder(cfg, action.resume, restarted) as folder:
+    with run_folder(cfg, action.resume or restarted, restarted) as folder:
         if (action.resume or restarted) and is_finished(folder):
             print(f"{folder}: this run is finished", file=sys.stderr)
             return
