@@ -235,21 +235,24 @@ def evaluate(lm: LM, tokenizer, cfg: EvalConfig, progress: str = "evaluate") -> 
     return scorer_of(cfg.task).score(lm, tokenizer, cfg, progress)
 
 
+def restore(server, state: dict, folder: Path):
+    """What `folder` holds of a run is put into its server; its emulator's own weights too."""
+    if server.emulator:
+        state = state | {"emulator": read_saved(folder / "emulator.pt")}
+    try:
+        server.load_state_dict(state)
+    except (AssertionError, LookupError, RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: not what this run learnt ({str(error)[:120]}); move it away and "
+                        f"train again") from None
+
+
 def models_of_run(folder: Path, device, dtype) -> tuple[dict, object, object]:
-    """(models by name, tokenizer, configuration) of a finished run: its checkpoint, lora.pt and,
-    where its emulator has weights of its own, emulator.pt."""
+    """(models by name, tokenizer, configuration) of a finished run."""
     from train import method_of, read_run                   # here: train.py imports this module
     cfg = read_run(folder)
     full, tokenizer = load(cfg.ckpt, dtype=dtype, device=device)
     server = method_of(cfg.method).Server(full, None, cfg)
-    learnt = {"learnt": read_saved(folder / "lora.pt")}
-    if server.emulator:
-        learnt["emulator"] = read_saved(folder / "emulator.pt")
-    try:
-        server.load_state_dict(learnt)
-    except (AssertionError, LookupError, RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: lora.pt is not what this run learnt ({str(error)[:120]})"
-                        ) from None
+    restore(server, {"learnt": read_saved(folder / "lora.pt")}, folder)
     return server.models(), tokenizer, cfg
 
 

@@ -9,7 +9,6 @@ a run costs, counted without weights); the run folder; Run (log, state, evaluati
 """
 import contextlib
 import fcntl
-import hashlib
 import itertools
 import json
 import os
@@ -25,7 +24,7 @@ import torch
 
 from data import TASKS, digest_of, make_public, make_shards
 from eval import (BUNDLED_CKPT, BUNDLED_DATA, EvalConfig, Parser, checked, evaluate, flag,
-                  main_guard, pick_device, pick_dtype, scorer_of)
+                  main_guard, pick_device, pick_dtype, restore, scorer_of)
 from fedbiot import Config, Wire, federate, option, payload_bytes
 from model import (ModelConfig, UserError, fingerprint, load_tokenizer, load_weights, read_json,
                    read_saved, room, write_file, write_json)
@@ -179,35 +178,42 @@ COLUMNS = ("round", "client_loss", "align_l2", "align_kl", "bytes_down", "bytes_
 FREE = {"out", "device", "client_timeout", "ckpt", "data_dir"}      # a resumed run may change these
 
 
-@contextlib.contextmanager
-def run_folder(cfg: RunConfig, go_on: bool, restarted: bool):
-    """The folder of the run, made now, so that no second run can choose it, and locked until the
-    end. An explicit --out that exists needs --resume; a default name takes -2, -3, …, and the last
-    is resumed. What torchrun restarts goes on, but not with a finished run."""
+def names_for(cfg: RunConfig):
     name = f"{cfg.task}-{cfg.method}-b{float(cfg.dropout):g}-s{cfg.adapter}-seed{cfg.seed}"
-    names = [cfg.out] if cfg.out else itertools.chain(
-        [f"runs/{name}"], (f"runs/{name}-{n}" for n in itertools.count(2)))
+    yield Path("runs", name)
+    yield from (Path("runs", f"{name}-{number}") for number in itertools.count(2))
+
+
+def choose_folder(cfg: RunConfig, resume: bool, restarted: bool) -> Path:
+    """The run's folder, made the moment it is chosen, so that no second run can choose it too. An
+    explicit --out that exists needs --resume; a default name takes -2, -3, …, the last resumes.
+    What torchrun restarts goes on, but not with another run that is finished."""
     last = None
-    for folder in map(Path, names):
+    for folder in [Path(cfg.out)] if cfg.out else names_for(cfg):
         try:
-            if not (go_on and cfg.out):
-                folder.mkdir(parents=True)
-                break
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True)
         except FileExistsError:
-            if cfg.out:
+            if cfg.out and not (resume or restarted):
                 raise UserError(f"--out {folder}: exists already; add --resume to go on with it, "
                                 f"or choose another name") from None
             last = folder
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be made ({error.strerror})") from None
-    if last and go_on and not (restarted and is_finished(last)):
+        else:
+            break
+    if last and last != folder and (resume or restarted and not is_finished(last)):
         folder.rmdir()
-        folder = last
+        return last
+    return folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """The kernel lets go of the lock when the process ends, however it ends."""
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the kernel lets go of it at our end
-        yield folder
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     except BlockingIOError:
         raise UserError(f"--out {folder}: a run is at work in it; wait for its end, or choose "
                         f"another name") from None
@@ -221,58 +227,47 @@ def is_finished(folder: Path) -> bool:
     return (folder / "summary.json").is_file()
 
 
-def digest(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def made_of(folder: Path) -> dict[str, str]:
+    """Fingerprints that tie a run's configuration to what it learnt."""
+    return {name: fingerprint(folder / name) for name in ("config.json", "lora.pt")}
 
 
 def read_run(folder: Path) -> RunConfig:
-    """The configuration of a finished run, checked, and that lora.pt is what it learnt."""
+    """The configuration of a finished run, checked; config.json and lora.pt are as it wrote them.
+    """
     if not is_finished(folder):
         raise UserError(f"--run {folder}: expected the folder of a finished run; go on with "
                         f"train.py --resume --out {folder}")
-    values = read_json(folder / "config.json", "a run's configuration")
     summary = read_json(folder / "summary.json", "a run's summary")
-    if not isinstance(values, dict) or not isinstance(summary, dict):
-        raise UserError(f"--run {folder}: expected JSON objects in config.json and summary.json")
-    made = {"config": digest(values), "lora.pt": fingerprint(folder / "lora.pt")}
-    for name, found in made.items():
-        if summary.get("made_of", {}).get(name) != found:
-            raise UserError(f"--run {folder}: {name} is not the one that this run wrote; restore "
-                            f"it, or train again")
+    if not isinstance(summary, dict) or summary.get("made_of") != made_of(folder):
+        raise UserError(f"--run {folder}: config.json or lora.pt is not the one that this run "
+                        f"wrote; restore it, or train again")
+    values = read_json(folder / "config.json", "a run's configuration")
     return checked(config_of(values["method"]), values | {"dropout": Fraction(values["dropout"])})
 
 
-def load_state(folder: Path, cfg: RunConfig, files: dict[str, str]) -> dict | None:
-    """What the last finished round left, or None. A state of another configuration, of other data
-    or of another checkpoint is refused."""
+def load_state(folder: Path, now: dict[str, str]) -> dict | None:
+    """What the last finished round left, or None. `now` is what the run depends on, by name: flags,
+    data and checkpoint; a state of other ones is refused."""
     path = folder / "state.pt"
     if not path.is_file():
         return None
-    state, now = read_saved(path), as_json(cfg)
-    try:
-        then = state["config"] | {}
-        rounds = [row["round"] for row in state["rows"]]
-        changed = next((k for k in now if k not in FREE and then.get(k) != now[k]), None)
-        other = next((f for f in files if state["files"].get(f) != files[f]), None)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a state that can be resumed ({error!r:.80}); move it away to "
-                        f"start anew") from None
-    if rounds != list(range(1, len(rounds) + 1)):
-        raise UserError(f"{path}: its rounds are not 1, 2, …; move it away to start anew")
-    if changed:
-        raise UserError(f"{path}: was made with {flag(changed)} {then.get(changed)}, now it is "
-                        f"{now[changed]}; resume with the same flags, or choose another --out")
-    if other:
-        raise UserError(f"{path}: was made with another {other}; put that back, or choose another "
-                        f"--out")
+    state = read_saved(path)
+    then = state.get("depends_on") if isinstance(state, dict) else None
+    if not isinstance(then, dict):
+        raise UserError(f"{path}: not a state that can be resumed; move it away to start anew")
+    for name in (name for name in now if now[name] != then.get(name)):
+        raise UserError(f"{path}: was made with {name} {then.get(name)}, now it is {now[name]}; "
+                        f"resume with the same, or choose another --out")
     return state
 
 
-def files_of(cfg: RunConfig) -> dict[str, str]:
-    """Fingerprints of the test files and of the checkpoint, read before the first step."""
+def depends_on(cfg: RunConfig) -> dict[str, str]:
+    """Flags, and fingerprints of test files and checkpoint, all read before the first step."""
     tests = scorer_of(cfg.task).prepare(cfg)
     ckpt = [p for p in Path(cfg.ckpt).iterdir() if p.is_file() and p.name[0] != "."]
-    return {path.name: fingerprint(path) for path in [*tests, *sorted(ckpt)]}
+    flags = {flag(name): value for name, value in as_json(cfg).items() if name not in FREE}
+    return flags | {path.name: fingerprint(path) for path in [*tests, *sorted(ckpt)]}
 
 
 # ---- what is printed ----------------------------------------------------------------------------
@@ -362,8 +357,7 @@ class Run:
                    "bytes_up_per_client_round": fmean(row["bytes_up"] for row in self.rows),
                    "bootstrap_bytes": bootstrap_bytes, "trainable_params": trainable,
                    "peak_memory_bytes": peak_memory(device), "seconds": self.state["seconds"],
-                   "made_of": {"config": digest(as_json(cfg)),
-                               "lora.pt": fingerprint(self.folder / "lora.pt")}}
+                   "made_of": made_of(self.folder)}
         write_json(self.folder / "summary.json", summary)
         return summary
 
@@ -375,54 +369,38 @@ def peak_memory(device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def serve(cfg: RunConfig, action: Action, costs: dict, device, processes=None):
-    """The server's side, and in one process the clients' too: from the run folder to the summary."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    with run_folder(cfg, action.resume or restarted, restarted) as folder:
-        if (action.resume or restarted) and is_finished(folder):
-            print(f"{folder}: this run is finished", file=sys.stderr)
-            return
-        config = ModelConfig.read(cfg.ckpt)
-        tokenizer, files = load_tokenizer(cfg.ckpt, config), files_of(cfg)
-        public = make_public(cfg.data_dir, tokenizer, cfg.max_len)
-        files["public data"] = digest_of(public.examples)
-        if processes:               # the clients' processes have the data; here stands whose it is
-            shards = [m + 1 if cfg.own_data else None for m in range(cfg.clients)]
-        else:
-            shards = make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len,
-                                 cfg.seed, cfg.validate, cfg.strip_annotations)
-            files["training data"] = digest_of(shards[0].examples)
-        state = load_state(folder, cfg, files)
-        method = method_of(cfg.method)
-        config = replace(config, vocab_size=tokenizer.vocab_size)
-        full = load_weights(cfg.ckpt, config, dtype=pick_dtype(cfg.dtype, device), device=device)
-        print_plan(costs, config, cfg)
-        print(f"{'run':16}  {folder}\n", flush=True)
-        server = method.Server(full, public, cfg)
-        if state:
-            restore(server, state, folder)
-        elif cfg.init_lora and "init_lora" not in server.no_use:
-            room("extras.peft").start_from(Path(cfg.init_lora), server, config, cfg.alpha / cfg.rank)
-        bootstrap = server.bootstrap()
-        if processes:
-            known = state["files"] if state else files
-            client, wire = None, processes.start_clients(cfg, device, bootstrap, known)
-        else:
-            client, wire = method.Client(bootstrap, cfg, device), Wire()
-        new = {"config": as_json(cfg), "files": files, "rows": [], "seconds": 0.0, "metrics": {}}
-        log = Run(folder, cfg, server, tokenizer, state or new)
-        for record in federate(server, client, shards, cfg, wire, first_round=len(log.rows)):
-            log.finish_round(record)
-        print_summary(log.finish(payload_bytes(bootstrap), costs["trainable_params"], device))
-
-
-def restore(server, state: dict, folder: Path):
-    emulator = {"emulator": read_saved(folder / "emulator.pt")} if server.emulator else {}
-    try:
-        server.load_state_dict(state["server"] | emulator)
-    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'state.pt'}: not a state that can be resumed "
-                        f"({str(error)[:100]}); move it away to start anew") from None
+def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
+    """The server's side, and in one process the clients' too: from the data to the summary."""
+    config, method = ModelConfig.read(cfg.ckpt), method_of(cfg.method)
+    tokenizer, known = load_tokenizer(cfg.ckpt, config), depends_on(cfg)
+    public = make_public(cfg.data_dir, tokenizer, cfg.max_len)
+    known["public data"] = digest_of(public.examples)
+    if processes:                   # the clients' processes have the data; here stands whose it is
+        shards = [m + 1 if cfg.own_data else None for m in range(cfg.clients)]
+    else:
+        shards = make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len,
+                             cfg.seed, cfg.validate, cfg.strip_annotations)
+        known["training data"] = digest_of(shards[0].examples)
+    state = load_state(folder, known)
+    full = load_weights(cfg.ckpt, replace(config, vocab_size=tokenizer.vocab_size),
+                        dtype=pick_dtype(cfg.dtype, device), device=device)
+    print_plan(costs, config, cfg)
+    print(f"{'run':16}  {folder}\n", flush=True)
+    server = method.Server(full, public, cfg)
+    if state:
+        restore(server, state["server"], folder)
+    elif cfg.init_lora and "init_lora" not in server.no_use:
+        room("extras.peft").start_from(Path(cfg.init_lora), server, config, cfg.alpha / cfg.rank)
+    bootstrap = server.bootstrap()
+    state = state or {"depends_on": known, "rows": [], "seconds": 0.0, "metrics": {}}
+    if processes:
+        client, wire = None, processes.start_clients(cfg, device, bootstrap, state["depends_on"])
+    else:
+        client, wire = method.Client(bootstrap, cfg, device), Wire()
+    log = Run(folder, cfg, server, tokenizer, state)
+    for record in federate(server, client, shards, cfg, wire, first_round=len(log.rows)):
+        log.finish_round(record)
+    print_summary(log.finish(payload_bytes(bootstrap), costs["trainable_params"], device))
 
 
 def run(argv=None, processes=None) -> int:
@@ -433,16 +411,19 @@ def run(argv=None, processes=None) -> int:
     if action.plan:
         print(json.dumps(costs)) if action.json else print_plan(costs, config, cfg)
         return 0
-    if cfg.own_data and not processes:
-        raise UserError("--own-data: expected torchrun, which gives every client a process of its "
-                        "own; see docs/running.md")
     device = pick_device(cfg.device)
     if device.type == "cuda" and device.index is None:  # each process of a host takes the next GPU
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
     if processes and processes.rank:
         processes.serve(cfg, device)                        # a client's process, until the end
-    serve(cfg, action, costs, device, processes)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    folder = choose_folder(cfg, action.resume, restarted)
+    if is_finished(folder):
+        print(f"{folder}: this run is finished", file=sys.stderr)
+        return 0
+    with locked(folder):
+        serve(cfg, folder, costs, device, processes)
     return 0
 
 
