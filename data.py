@@ -1,8 +1,8 @@
 """Data: prompts, masks, tasks and their partitions, the public set, batches.
 
-In order: files (official formats); tasks (rows of instruction, input, output, label; TASKS has one
-line a task); examples (token ids and where the answer begins); partition; Batch and Shard (what a
-client, or the server, draws its batches from). FedBiOT section 4.1; Alpaca's prompt template.
+In order: files; TASKS (one line a task); examples (token ids and where the answer begins);
+partition; Batch and Shard (what a client, or the server, draws its batches from). FedBiOT section
+4.1; Stanford Alpaca's prompt template.
 
     shards = make_shards("gsm8k", "tiny/data", tokenizer, clients=3, max_len=256, seed=0)
 """
@@ -13,7 +13,6 @@ import random
 import re
 import sys
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import UserError, clean_text, parse_json, read_bytes
+from model import UserError, clean_text, parse_json, read_bytes, room
 
 # ---- files --------------------------------------------------------------------------------------
 
@@ -51,16 +50,15 @@ def read_rows(path: Path) -> list[dict]:
         rows = rows.get("data", rows) if isinstance(rows, dict) else rows   # SQuAD's form, QuAC's
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a JSON array, found {type(rows).__name__}")
-        rows = {f"{path}, row {i}": row for i, row in enumerate(rows, 1)}
     else:
-        lines = {f"{path}, line {i}": line for i, line in enumerate(text.split("\n"), 1)}
-        rows = {where: parse_json(line, where) for where, line in lines.items() if line.strip()}
-    for where, row in rows.items():
+        rows = [parse_json(line, f"{path}, line {i}")
+                for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+            raise UserError(f"{path}, row {i}: expected a JSON object, found {type(row).__name__}")
     if not rows:
         raise UserError(f"{path}: the file has no rows; expected at least one")
-    return [*rows.values()]
+    return rows
 
 
 def unpacked(path: Path, blob: bytes) -> bytes:
@@ -105,34 +103,6 @@ def prompt_of(instruction: str, input: str = "") -> str:
     return PREAMBLE.format("", instruction) + "### Response:"
 
 
-def read_pairs(data_dir, split: str) -> list[tuple[str, str]]:
-    """GSM8K's questions and worked answers, as they are in {split}.jsonl."""
-    path = find_file(data_dir, f"gsm8k/{split}.jsonl")
-    return texts_of(read_rows(path), path, ("question", "answer"))
-
-
-def read_gsm8k(data_dir) -> list[Row]:
-    return [Row(question, "", answer.replace("####", "The answer is"))
-            for question, answer in read_pairs(data_dir, "train")]
-
-
-def read_rosetta(data_dir) -> list[Row]:
-    """One label a programming language: the paper's nine, after `X86-64 Assembly` is left out."""
-    path = find_file(data_dir, "rosetta/rosetta_alpaca.json")
-    triples = texts_of(read_rows(path), path, ("instruction", "input", "output"))
-    rows = [Row(*t, label=t[1]) for t in triples if t[1] != "X86-64 Assembly"]
-    if left := len(triples) - len(rows):
-        print(f"note: {path.name}: {left} rows in X86-64 Assembly left out, as in the authors' "
-              f"code", file=sys.stderr)
-    return rows
-
-
-def read_dolly(data_dir) -> list[Row]:
-    path = find_file(data_dir, "dolly/databricks-dolly-15k.jsonl")
-    names = ("instruction", "context", "response", "category")
-    return [Row(*t) for t in texts_of(read_rows(path), path, names)]
-
-
 def read_alpaca(data_dir) -> list[Row]:
     """The server's public set, the same for all tasks."""
     path = find_file(data_dir, "alpaca/alpaca_data.json")
@@ -140,16 +110,16 @@ def read_alpaca(data_dir) -> list[Row]:
 
 
 class Task(NamedTuple):
-    read: Callable              # data folder -> the training rows
+    """One task. Its module has read_training, prepare, score, score_predictions and report, which
+    eval.py says more about; eval.py itself is GSM8K's."""
+    module: str
     clients: int                # the paper's number of clients
     max_len: int                # tokens of the longest training sequence
-    scorer: str                 # module with prepare, score, score_predictions, report: see eval.py
 
 
 # PAPER SILENT: the longest sequences. What is longer is cut at its end, in the answer.
-TASKS = {"gsm8k": Task(read_gsm8k, 3, 512, "eval"),
-         "rosetta": Task(read_rosetta, 9, 1024, "tasks.code"),
-         "dolly": Task(read_dolly, 8, 1024, "tasks.qa")}
+TASKS = {"gsm8k": Task("eval", 3, 512), "rosetta": Task("tasks.code", 9, 1024),
+         "dolly": Task("tasks.qa", 8, 1024)}
 
 
 def accuracy(predicted: list, gold: list) -> dict:
@@ -286,7 +256,7 @@ def training_examples(task: str, data_dir, tokenizer, max_len: int, hold_out: in
                       strip_annotations: bool = False) -> list[Example]:
     """A task's training file without its last `hold_out` rows. GSM8K's calculator annotations
     `<<48/2=24>>` stay in, as in the authors' code, unless they are stripped."""
-    rows = TASKS[task].read(data_dir)
+    rows = room(TASKS[task].module).read_training(data_dir)
     if hold_out >= len(rows):
         raise UserError(f"--validate {hold_out}: {task} has {len(rows)} training rows, so choose "
                         f"0..{len(rows) - 1}")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from data import TASKS, accuracy, prompt_of, read_pairs, read_rows, texts_of
+from data import TASKS, Row, accuracy, find_file, prompt_of, read_rows, texts_of
 from fedbiot import option
 from model import LM, UserError, clean_text, generate, load, read_saved, room
 
@@ -46,7 +46,8 @@ class Parser(argparse.ArgumentParser):
                 "type": share if kind is Fraction else kind, "choices": choices, "metavar": "X"}
             text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
             text += "" if f.default in (None, False) else f" ({f.default})"
-            self.add_argument(*f.metadata.get("flags", [flag(f.name)]), dest=f.name, help=text.replace("%", "%%"), **how)
+            flags = f.metadata.get("flags", [flag(f.name)])
+            self.add_argument(*flags, dest=f.name, help=text.replace("%", "%%"), **how)
 
     def error(self, message):
         raise UserError(message)
@@ -151,7 +152,7 @@ NUMBER = re.compile(rf"(?:(?<![\w)])-)?\$?(?:(?:{GROUPED}|[0-9]+)(?:\.[0-9]+)?|\
 
 
 def numbers(text: str) -> list[Decimal]:
-    """Every number of a text, exactly; separators of groups, `$`, `%`, a final dot do not matter."""
+    """Every number of a text, exactly; group separators, `$`, `%`, a final dot do not matter."""
     found = NUMBER.findall(text.replace("\u2212", "-"))                         # the minus sign
     return [Decimal(re.sub("[,$\u00a0\u2009\u202f]", "", n)) for n in found]
 
@@ -162,6 +163,17 @@ def extract_number(text: str) -> Decimal | None:
     marker = MARKER.search(text)
     found = numbers(text[marker.end():] if marker else text)
     return found[0 if marker else -1] if found else None
+
+
+def read_pairs(data_dir, split: str) -> list[tuple[str, str]]:
+    """Questions and worked answers, as they are in {split}.jsonl."""
+    path = find_file(data_dir, f"gsm8k/{split}.jsonl")
+    return texts_of(read_rows(path), path, ("question", "answer"))
+
+
+def read_training(data_dir) -> list[Row]:
+    return [Row(question, "", answer.replace("####", "The answer is"))
+            for question, answer in read_pairs(data_dir, "train")]
 
 
 def read_gold(cfg: EvalConfig) -> tuple[list[str], list[Decimal]]:
@@ -226,8 +238,8 @@ def report(result: dict):
 # ---- any task -----------------------------------------------------------------------------------
 
 def scorer_of(task: str):
-    """The module that scores a task: prepare, score, score_predictions, report, as above."""
-    return room(TASKS[task].scorer)
+    """The module of a task: read_training, prepare, score, score_predictions, report, as above."""
+    return room(TASKS[task].module)
 
 
 def evaluate(lm: LM, tokenizer, cfg: EvalConfig, progress: str = "evaluate") -> dict:
@@ -242,8 +254,8 @@ def restore(server, state: dict, folder: Path):
     try:
         server.load_state_dict(state)
     except (AssertionError, LookupError, RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: not what this run learnt ({str(error)[:120]}); move it away and "
-                        f"train again") from None
+        raise UserError(f"{folder}: not what this run learnt ({str(error)[:120]}); move it away, "
+                        f"and train again") from None
 
 
 def models_of_run(folder: Path, device, dtype) -> tuple[dict, object, object]:

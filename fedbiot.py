@@ -42,6 +42,11 @@ def option(default, text, **extra):
 
 
 @dataclass(frozen=True)
+class NoFlags:
+    """The own flags of a method that has none."""
+
+
+@dataclass(frozen=True)
 class Config:
     """What the algorithm needs to know. train.py adds its own and makes flags of it."""
     dropout: Fraction = option(Fraction("0.2"), "share of layers below the adapter to drop (beta)")
@@ -156,20 +161,20 @@ def kl_rows(t: Tensor, delta: Tensor, careful: bool) -> tuple[Tensor, Tensor]:
     return kl + excess, gradient.addcmul_(p_t, excess, value=-1)
 
 
-class LinearCrossEntropy(torch.autograd.Function):
+class FusedLoss(torch.autograd.Function):
+    """sum_i w_i l_i and its gradient for h, chunk by chunk. `chunk_loss(rows, w)` gives a chunk's
+    sum and the gradient (n, V) of its unweighted losses for its logits."""
+
     @staticmethod
-    def forward(ctx, h, W, targets, weights, needs_grad):
+    def forward(ctx, h, W, weights, needs_grad, chunk_loss):
         loss, dh = weights.new_zeros(()), torch.empty_like(h) if needs_grad else None
         for rows in chunks(h, W):
             w = weights[rows, None]                                     # (n, 1)
-            logits = project(torch.where(w != 0, h[rows], 0), W)        # (n, V)
-            for z, y, w_z in slices(logits, targets[rows, None], w):
-                each, gradient = cross_entropy_rows(z.float(), y)
-                loss += (w_z * each).sum()
-                z.copy_(gradient)
+            part, dz = chunk_loss(rows, w)
+            loss += part
             if needs_grad:
-                dh[rows] = w * (logits.to(W.dtype) @ W)
-            del logits, z, gradient     # before the next chunk's are made; in fp32 all are one
+                dh[rows] = w * (dz.to(W.dtype) @ W)
+            del dz                                              # before the next chunk's is made
         ctx.save_for_backward(dh)
         return loss
 
@@ -178,41 +183,21 @@ class LinearCrossEntropy(torch.autograd.Function):
         return ctx.saved_tensors[0] * g.to(ctx.saved_tensors[0].dtype), None, None, None, None
 
 
-class LinearKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h_student, h_teacher, W, weights, needs_grad, offset):
-        loss, dh = weights.new_zeros(()), torch.empty_like(h_student) if needs_grad else None
-        for rows in chunks(h_student, W):
-            w = weights[rows, None]                                     # (n, 1)
-            h_t = torch.where(w != 0, h_teacher[rows], 0)
-            apart = torch.where(w != 0, h_student[rows], 0).float() - h_t.float()
-            teacher, apart = project(h_t, W), project(apart.to(W.dtype), W)         # (n, V), logits
-            if offset is not None:
-                more = torch.where(w != 0, offset[rows], 0).float()
-                teacher, apart = teacher + more, apart - more           # fp32
-            for t, delta, w_t in slices(teacher, apart, w):
-                each, gradient = kl_rows(t.float(), delta.float(), W.dtype == torch.float32)
-                loss += (w_t * each).sum()
-                delta.copy_(gradient)
-            if needs_grad:
-                dh[rows] = w * (apart.to(W.dtype) @ W)
-            del teacher, apart, t, delta                        # before the next chunk's are made
-        ctx.save_for_backward(dh)
-        return loss
-
-    @staticmethod
-    def backward(ctx, g):
-        return ctx.saved_tensors[0] * g.to(ctx.saved_tensors[0].dtype), None, None, None, None, None
-
-
 def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """sum_i w_i * cross_entropy(W h_i, y_i): a scalar, fp32. Eq. 1.
 
     h (N, D) after the final norm, W (V, D) the frozen head (it gets no gradient), targets (N,)
     int64, weights (N,) fp32; a row of weight 0 is ignored, whatever it holds.
     """
+    def chunk_loss(rows, w):
+        total, logits = 0.0, project(torch.where(w != 0, h[rows], 0), W)        # (n, V)
+        for z, y, w_z in slices(logits, targets[rows, None], w):
+            each, gradient = cross_entropy_rows(z.float(), y)
+            total = total + (w_z * each).sum()
+            z.copy_(gradient)
+        return total, logits
     needs_grad = torch.is_grad_enabled() and h.requires_grad
-    return LinearCrossEntropy.apply(h, W, targets, weights, needs_grad)
+    return FusedLoss.apply(h, W, weights, needs_grad, chunk_loss)
 
 
 def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor,
@@ -224,8 +209,20 @@ def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor,
     the gradient of two separately rounded softmaxes is noise. `offset` (N, V), where there is one,
     is added to the teacher's logits (FedPT's black box; not for FedBiOT).
     """
+    def chunk_loss(rows, w):
+        total, h_t = 0.0, torch.where(w != 0, h_teacher[rows], 0)
+        apart = torch.where(w != 0, h_student[rows], 0).float() - h_t.float()
+        teacher, apart = project(h_t, W), project(apart.to(W.dtype), W)         # (n, V), logits
+        if offset is not None:
+            more = torch.where(w != 0, offset[rows], 0).float()
+            teacher, apart = teacher + more, apart - more                       # fp32
+        for t, delta, w_t in slices(teacher, apart, w):
+            each, gradient = kl_rows(t.float(), delta.float(), W.dtype == torch.float32)
+            total = total + (w_t * each).sum()
+            delta.copy_(gradient)
+        return total, apart
     needs_grad = torch.is_grad_enabled() and h_student.requires_grad
-    return LinearKL.apply(h_student, h_teacher.detach(), W, weights, needs_grad, offset)
+    return FusedLoss.apply(h_student, W, weights, needs_grad, chunk_loss)
 
 
 def proximal(pairs, scale: float) -> Tensor:
@@ -242,8 +239,8 @@ def proximal(pairs, scale: float) -> Tensor:
 
 
 # ---- Algorithm 2 --------------------------------------------------------------------------------
-# Server and Client meet through payloads alone, dicts of tensors; what is learnt is at the server. A
-# client may keep tensors that it was sent, nothing that it made (no optimizer, no generator): so a
+# Server and Client meet through payloads alone, dicts of tensors; what is learnt is at the server.
+# A client may keep tensors that it was sent, nothing that it made (no optimizer, no generator): a
 # wire may give any client any shard, or build a client anew from `bootstrap` and a whole broadcast.
 # Only FedTT+ broadcasts less than all; its clients refuse a gap.
 
@@ -277,14 +274,14 @@ class Server:
     """Owns the whole LLM and the public data; clients get the emulator and the adapter."""
 
     no_use = frozenset()                        # shared flags that mean nothing to the method
-    Flags = None                                # a dataclass: the method's own flags
+    Flags = NoFlags                             # a dataclass: the method's own flags
     period = 1                                  # rounds after which the sizes of payloads repeat
     emulator: Payload = {}                      # the weights that Eq. 5 trained, by name
 
-    @staticmethod
-    def defaults(method: str, bundled: bool) -> dict:
-        """Values of shared flags that the method sets otherwise than train.py does."""
-        return {}
+    # Values of shared flags that the method sets otherwise than train.py does.
+    defaults = staticmethod(lambda method, bundled: {})
+    # The emulator's and the adapter's layers of a model of n.
+    split = staticmethod(lambda n, cfg: layer_extract(n, cfg.adapter, cfg.dropout))
 
     def __init__(self, full: LM, public, cfg):
         self.full, self.public, self.cfg, self.measured = full, public, cfg, {}
@@ -312,10 +309,6 @@ class Server:
         layers.load_state_dict(layers.state_dict() | own, assign=True)
         layers.requires_grad_(False)
         self.emulator = {f"layers.{n}": layers.get_parameter(n) for n in own}
-
-    @staticmethod
-    def split(n: int, cfg) -> tuple[list[int], list[int]]:
-        return layer_extract(n, cfg.adapter, cfg.dropout)
 
     def new_optimizer(self):
         # PAPER SILENT: whether its state lives on between rounds. It does, unless --align-renew.
@@ -360,7 +353,6 @@ class Server:
     def freeze(self, weights: Payload):
         """E's own weights become `weights`, rounded to the checkpoint's dtype."""
         dtype = self.full.output.weight.dtype
-        assert weights.keys() == self.emulator.keys(), "freeze: other layers than the emulator's"
         for name, p in self.emulator.items():
             assert p.shape == weights[name].shape, f"freeze: another shape of {name}"
             p.data = weights[name].to(p.device, self.full.stored or dtype).to(dtype)

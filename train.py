@@ -51,7 +51,7 @@ class RunConfig(Config, EvalConfig):
     task: str = option("gsm8k", "what the clients' data teaches", choices=tuple(TASKS))
     method: str = option("fedbiot", "federated method", choices=tuple(METHODS))
     preset: str = option("paper", "the paper's settings, or its authors'", choices=tuple(PRESETS))
-    rounds: int | None = option(None, "communication rounds (R); bundled model 5, else 500", least=1)
+    rounds: int | None = option(None, "communication rounds; bundled model 5, else 500", least=1)
     # PAPER SILENT: the rates of the bundled model were found on held-out rows (benchmarks/).
     lr: float | None = option(None, "clients' learning rate (eta); bundled model 3e-3, else 1e-4")
     server_lr: float | None = option(None, "of E's LoRA; bundled model 2e-3, else 1e-4")
@@ -65,11 +65,6 @@ class RunConfig(Config, EvalConfig):
     eval_every: int = option(0, "rounds between evaluations (0: only at the end)")
     out: str | None = option(None, "run folder; default runs/<task>-<method>-…")
     init_lora: str | None = option(None, "LoRA to start from: PEFT's folder, a run's, or a lora.pt")
-
-
-@dataclass(frozen=True)
-class Action:
-    """What train.py does with a configuration."""
     resume: bool = option(False, "go on from the last finished round of --out")
     plan: bool = option(False, "print layers and costs, and exit")
     json: bool = option(False, "--plan as one JSON object")
@@ -80,30 +75,23 @@ def method_of(name: str):
     return room(METHODS[name])
 
 
-def config_of(method: str) -> type:
-    """RunConfig with the method's own flags."""
-    own = [(f.name, f.type, f) for flags in own_flags(method) for f in fields(flags)]
-    return make_dataclass("MethodConfig", own, bases=(RunConfig,), frozen=True)
+def config_of(*methods: str) -> type:
+    """RunConfig with the methods' own flags."""
+    own = {f.name: (f.name, f.type, f) for m in methods for f in fields(method_of(m).Server.Flags)}
+    return make_dataclass("MethodConfig", own.values(), bases=(RunConfig,), frozen=True)
 
 
-def own_flags(*methods: str) -> list[type]:
-    return list(dict.fromkeys(method_of(m).Server.Flags for m in methods
-                              if method_of(m).Server.Flags))
-
-
-def parse(argv=None) -> tuple[RunConfig, Action]:
+def parse(argv=None) -> RunConfig:
     """The flags of the method that `argv` names; another method's are noted, others refused."""
-    first, _ = Parser("", RunConfig, add_help=False).parse_known_args(argv)
+    first, left = Parser("", RunConfig, add_help=False).parse_known_args(argv)
     method = vars(first).get("method", "fedbiot")
-    given, left = Parser(__doc__, config_of(method), Action).parse_known_args(argv)
-    idle = vars(Parser("", *(own_flags(*METHODS) if left else ())).parse_args(left))
-    given = vars(given)
-    action = checked(Action, {f.name: given.pop(f.name, False) for f in fields(Action)})
-    cfg = resolve(given)
-    idle = [*idle, *(name for name in given if name in method_of(method).Server.no_use)]
-    if idle:
-        print(f"note: {method} has no use for {', '.join(map(flag, idle))}", file=sys.stderr)
-    return cfg, action
+    given, left = Parser(__doc__, config_of(method)).parse_known_args(argv)
+    idle = vars(Parser("", config_of(*METHODS)).parse_args(left)) if left else {}
+    cfg = resolve(vars(given))
+    no_use = [*idle, *(name for name in vars(given) if name in method_of(method).Server.no_use)]
+    if no_use:
+        print(f"note: {method} has no use for {', '.join(map(flag, no_use))}", file=sys.stderr)
+    return cfg
 
 
 def resolve(given: dict) -> RunConfig:
@@ -136,7 +124,8 @@ def local_processes() -> int:
 
 
 def as_json(cfg) -> dict:
-    return {k: str(v) if isinstance(v, Fraction) else v for k, v in asdict(cfg).items()}
+    return {name: str(value) if isinstance(value, Fraction) else value
+            for name, value in asdict(cfg).items() if name not in ("resume", "plan", "json")}
 
 
 # ---- plan ---------------------------------------------------------------------------------------
@@ -178,30 +167,27 @@ COLUMNS = ("round", "client_loss", "align_l2", "align_kl", "bytes_down", "bytes_
 FREE = {"out", "device", "client_timeout", "ckpt", "data_dir"}      # a resumed run may change these
 
 
-def names_for(cfg: RunConfig):
-    name = f"{cfg.task}-{cfg.method}-b{float(cfg.dropout):g}-s{cfg.adapter}-seed{cfg.seed}"
-    yield Path("runs", name)
-    yield from (Path("runs", f"{name}-{number}") for number in itertools.count(2))
-
-
-def choose_folder(cfg: RunConfig, resume: bool, restarted: bool) -> Path:
+def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
     """The run's folder, made the moment it is chosen, so that no second run can choose it too. An
     explicit --out that exists needs --resume; a default name takes -2, -3, …, the last resumes.
     What torchrun restarts goes on, but not with another run that is finished."""
+    name = f"{cfg.task}-{cfg.method}-b{float(cfg.dropout):g}-s{cfg.adapter}-seed{cfg.seed}"
     last = None
-    for folder in [Path(cfg.out)] if cfg.out else names_for(cfg):
+    for number in itertools.count(1):
+        folder = Path(cfg.out or f"runs/{name}{f'-{number}' if number > 1 else ''}")
         try:
             folder.mkdir(parents=True)
+            break
         except FileExistsError:
-            if cfg.out and not (resume or restarted):
+            if cfg.out and (cfg.resume or restarted):
+                return folder
+            if cfg.out:
                 raise UserError(f"--out {folder}: exists already; add --resume to go on with it, "
                                 f"or choose another name") from None
             last = folder
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be made ({error.strerror})") from None
-        else:
-            break
-    if last and last != folder and (resume or restarted and not is_finished(last)):
+    if last and (cfg.resume or restarted and not is_finished(last)):
         folder.rmdir()
         return last
     return folder
@@ -210,13 +196,14 @@ def choose_folder(cfg: RunConfig, resume: bool, restarted: bool) -> Path:
 @contextlib.contextmanager
 def locked(folder: Path):
     """The kernel lets go of the lock when the process ends, however it ends."""
-    lock = os.open(folder, os.O_RDONLY)
     try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"--out {folder}: not a folder, or a run is at work in it (wait for its "
+                        f"end, or choose another name): {error.strerror}") from None
+    try:
         yield
-    except BlockingIOError:
-        raise UserError(f"--out {folder}: a run is at work in it; wait for its end, or choose "
-                        f"another name") from None
     finally:
         os.close(lock)
         with contextlib.suppress(OSError):
@@ -281,7 +268,7 @@ def round_line(r: dict, rounds: int, accuracies) -> str:
     parts = [f"round {r['round']:{len(str(rounds))}d}", f"client {r['client_loss']:.3f}",
              *(" ".join([stem, *values]) for stem, values in groups.items()),
              f"down {megabytes(r['bytes_down'])} up {megabytes(r['bytes_up'])}",
-             f"{r['seconds']:.0f} s", *(f"{name} {r[name]:.1%}" for name in accuracies if name in r)]
+             f"{r['seconds']:.0f} s", *(f"{n} {r[n]:.1%}" for n in accuracies if n in r)]
     return " | ".join(parts)
 
 
@@ -310,7 +297,8 @@ class Run:
         self.start = time.perf_counter() - state["seconds"]
         write_json(folder / "config.json", as_json(cfg))
         if server.emulator and not self.rows:
-            stored = {n: p.to(server.full.stored or p.dtype).cpu() for n, p in server.emulator.items()}
+            stored = {name: p.to(server.full.stored or p.dtype).cpu()
+                      for name, p in server.emulator.items()}
             write_file(folder / "emulator.pt", lambda file: torch.save(stored, file))
         if self.rows:
             self.evaluate_if_due()
@@ -404,12 +392,12 @@ def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
 
 
 def run(argv=None, processes=None) -> int:
-    cfg, action = parse(argv)
+    cfg = parse(argv)
     torch.set_num_threads(cfg.threads)
     config = ModelConfig.read(cfg.ckpt)
     costs = plan(config, cfg)
-    if action.plan:
-        print(json.dumps(costs)) if action.json else print_plan(costs, config, cfg)
+    if cfg.plan:
+        print(json.dumps(costs)) if cfg.json else print_plan(costs, config, cfg)
         return 0
     device = pick_device(cfg.device)
     if device.type == "cuda" and device.index is None:  # each process of a host takes the next GPU
@@ -418,7 +406,7 @@ def run(argv=None, processes=None) -> int:
     if processes and processes.rank:
         processes.serve(cfg, device)                        # a client's process, until the end
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    folder = choose_folder(cfg, action.resume, restarted)
+    folder = choose_folder(cfg, restarted)
     if is_finished(folder):
         print(f"{folder}: this run is finished", file=sys.stderr)
         return 0
