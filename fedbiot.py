@@ -288,6 +288,8 @@ class Server:
         self.optimizer = self.new_optimizer()
         self.metrics = {}
 
+    emulator = {}       # PATCH of this worktree
+
     split = staticmethod(lambda n, cfg: layer_extract(n, cfg.adapter, cfg.dropout))
 
     def new_optimizer(self):
