@@ -1,1 +1,2 @@
-"""What a default run never touches; the core files import a module of this folder where it is asked for."""
+"""What a default run never touches. The core files import a module of this folder (`model.room`) at
+the place where somebody asks for what it does."""

@@ -1,12 +1,15 @@
-"""Checkpoints in Hugging Face's form, read and written by hand.
+"""Checkpoints in Hugging Face's form, read and written by hand (safetensors, or torch.save's .bin).
 
-In order: configuration; tensor names and the order of rows in q and k; safetensors; which weight
-files a folder has; export.
+In order: config.json; tensor names, and the order of the rows of q and k; safetensors; the weight
+files of a folder; export (a folder that transformers, or Meta's code, loads).
+
+    from extras.huggingface import export
+    export(lm, Path("out"), "hf", source="tiny/llama")
 """
 import json
 import math
+import os
 import re
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,104 +18,126 @@ import torch
 from torch import Tensor
 
 from lora import merged
-from model import (FLOATS, LM, ModelConfig, UserError, load_tokenizer, open_file, parse_json,
-                   read_json, write_file, write_folder, write_json)
+from model import (LM, ModelConfig, Tokenizer, UserError, expecting, open_file, parse_json,
+                   read_bytes, read_json, read_pickle, write_file, write_folder, write_json)
+
 
 # ---- configuration ------------------------------------------------------------------------------
 
-
-def from_config(c: dict) -> ModelConfig:
-    """The architecture in a config.json of transformers 4 or 5."""
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}          # transformers 5, 4
-    dim, heads = c["hidden_size"], c["num_attention_heads"]
-    plain = {"model_type": c.get("model_type") == "llama",
-             "hidden_act": c.get("hidden_act", "silu") in ("silu", "swish"),
-             "rope type": rope.get("rope_type", rope.get("type", "default")) == "default",
-             "head_dim": c.get("head_dim") in (None, dim // heads),
-             "attention_bias": not c.get("attention_bias"), "mlp_bias": not c.get("mlp_bias"),
-             "quantization_config": not c.get("quantization_config")}
-    odd = [name for name, fine in plain.items() if not fine]
-    if odd:
-        raise UserError(f"only a plain LLaMA is supported, and here {odd[0]} is not one's")
-    theta = rope.get("rope_theta") or c.get("rope_theta") or 10000.0
-    return ModelConfig(dim, c["num_hidden_layers"], heads,
-                       c.get("num_key_value_heads") or heads, c["vocab_size"],
-                       c["intermediate_size"], c["rms_norm_eps"], theta,
-                       bool(c.get("tie_word_embeddings")))
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 def read_config(folder: Path) -> ModelConfig:
     """config.json of a folder; a params.json beside it must say the same."""
-    config = ModelConfig.parsed(folder / "config.json", from_config)
-    if not (folder / "params.json").is_file():
-        return config
-    meta = ModelConfig.parsed(folder / "params.json", ModelConfig.from_params)
-    for name, value in vars(config).items():
-        if name != "tied" and getattr(meta, name) not in (value, -1):
-            raise UserError(f"{folder}: params.json and config.json differ in {name}, "
-                            f"{getattr(meta, name)} and {value}; remove one of the two")
+    path, meta, other = folder / "config.json", folder / "params.json", None
+    content = read_json(path, "a LLaMA's configuration")
+    if os.path.isfile(meta):
+        with expecting("a LLaMA's params.json", meta):
+            other = ModelConfig.from_params(read_json(meta))
+    if other and content == {}:                     # some hosts count downloads by such a file
+        return other
+    with expecting("a plain LLaMA's configuration", path):
+        config = from_config(content)
+    for name, value in vars(config).items() if other else ():
+        theirs = value if name == "tied" else getattr(other, name)
+        if theirs != value and (name, theirs) != ("vocab_size", -1):
+            raise UserError(f"{folder}: params.json has {name} {theirs}, config.json {value}; "
+                            f"remove the one that is wrong")
     return config
 
 
+def from_config(c: dict) -> ModelConfig:
+    """The architecture in a config.json of transformers 4 or 5. What is not LLaMA's is refused."""
+    ropes = [c[name] for name in ("rope_parameters", "rope_scaling") if c.get(name)]   # 5, 4
+    thetas = {rope.get("rope_theta") for rope in [c, *ropes]} - {None}
+    dim, heads = c["hidden_size"], c["num_attention_heads"]
+    plain = {"model_type": c.get("model_type") == "llama",
+             "hidden_act": c.get("hidden_act", "silu") in ("silu", "swish"),    # one function
+             "rope type": all(rope.get("rope_type", rope.get("type", "default")) == "default"
+                              and rope.keys() <= ROPE_KEYS for rope in ropes),
+             "rope_theta": len(thetas) <= 1,
+             "partial_rotary_factor": all(rope.get("partial_rotary_factor") in (None, 1)
+                                          for rope in [c, *ropes]),
+             "head_dim": c.get("head_dim") in (None, dim // heads),
+             "tie_word_embeddings": c.get("tie_word_embeddings") in (None, True, False)}
+    plain |= {name: not c.get(name) for name in (
+        "attention_bias", "mlp_bias", "quantization_config", "sliding_window", "auto_map")}
+    for name in (name for name, fine in plain.items() if not fine):
+        raise UserError(f"{name} {c.get(name, ropes)!r:.80}, which is not a plain LLaMA's")
+    return ModelConfig(dim, c["num_hidden_layers"], heads, c.get("num_key_value_heads") or heads,
+                       c["vocab_size"], c["intermediate_size"], c["rms_norm_eps"],
+                       thetas.pop() if thetas else 10000.0, bool(c.get("tie_word_embeddings")))
+
+
 def end_ids(folder: Path) -> list[int]:
-    """Ids that end a text, as generation_config.json and config.json give them."""
-    ids = []
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            content = read_json(folder / name, "a JSON object")
-            found = content.get("eos_token_id") if isinstance(content, dict) else None
-            ids += found if isinstance(found, list) else [found]
-    return [i for i in ids if type(i) is int and i >= 0]
+    """The ids that end a text, as transformers' `generate` takes them: generation_config.json's,
+    else config.json's."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        content = read_json(path, "a JSON object") if os.path.isfile(path) else {}
+        with expecting("an eos_token_id that is an id or a list of ids", path):
+            if (ids := content.get("eos_token_id")) is not None:
+                ids = ids if isinstance(ids, list) else [ids]
+                if not all(type(i) is int and i >= 0 for i in ids):
+                    raise ValueError(str(ids))
+                return ids
+    return []
 
 
 # ---- names --------------------------------------------------------------------------------------
 
-HF_NAMES = {
-    "model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight",
-    "lm_head.weight": "output.weight", "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
-    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+NAMES = {"model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight",
+         "lm_head.weight": "output.weight", "self_attn.q_proj": "attention.wq",
+         "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+         "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
+         "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
+         "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
 
 
-def from_hf_name(name: str) -> str | None:
-    """Meta's name of a tensor, None where Hugging Face's LLaMA has no such tensor."""
-    if name in HF_NAMES:
-        return HF_NAMES[name]
+def meta_name(name: str) -> str | None:
+    """Meta's name of a tensor; None where Hugging Face's LLaMA has no such tensor."""
+    if name in NAMES:
+        return NAMES[name]
     part = re.fullmatch(r"model\.(layers\.\d+)\.(.+)\.weight", name)
-    return f"{part[1]}.{HF_NAMES[part[2]]}.weight" if part and part[2] in HF_NAMES else None
+    return f"{part[1]}.{NAMES[part[2]]}.weight" if part and part[2] in NAMES else None
+
+
+def turned_heads(name: str, config: ModelConfig) -> int:
+    """How many heads lie in the rows of this tensor that the two forms order differently; 0: none.
+    They are those of wq and wk, and of the B of their LoRA."""
+    kind = "" if name.endswith("lora_A") else name.split(".")[-2]
+    return {"wq": config.n_heads, "wk": config.n_kv_heads}.get(kind, 0)
 
 
 def reorder(name: str, tensor: Tensor, config: ModelConfig, from_hf: bool) -> Tensor:
-    """The rows of q and k, and of their LoRA's B, as the other format has them: Meta keeps a head's
-    pairs as neighbours, Hugging Face as (first half, second half)."""
-    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2])
-    if heads is None or name.endswith("lora_A"):
+    """The rows as the other form has them: Meta keeps a head's pairs as neighbours, Hugging Face as
+    (first half, second half)."""
+    heads = turned_heads(name, config)
+    if not heads:
         return tensor
     pairs = (heads, 2, -1) if from_hf else (heads, -1, 2)
     return tensor.unflatten(0, pairs).transpose(1, 2).flatten(0, 2)
 
 
 def translated(path: Path, tensors: dict[str, Tensor], config: ModelConfig):
-    """(name, Meta's name, tensor in Meta's order of rows), one after the other."""
+    """Of a file with Hugging Face's names: (name there, Meta's name, tensor in Meta's order of
+    rows), one after the other. A name of another scheme is a UserError."""
     for key, tensor in tensors.items():
+        name = meta_name(key)
         if key.endswith("rotary_emb.inv_freq"):
             continue
-        name = from_hf_name(key)
         if name is None:
-            raise UserError(f"{path}: surplus tensor {key:.80}, which Hugging Face's LLaMA does "
-                            f"not have beside {next(iter(tensors)):.80}")
-        rows = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2])
-        if rows and tensor.shape[:1] != (rows * config.head_dim,):
+            raise UserError(f"{path}: surplus tensor {key:.80}, which a LLaMA by Hugging Face's "
+                            f"names does not have; other names of the file are theirs")
+        heads = turned_heads(name, config)
+        if heads and tensor.shape[:1] != (heads * config.head_dim,):
             raise UserError(f"{path}: {key} is {list(tensor.shape)}, expected "
-                            f"{[rows * config.head_dim, config.dim]}")
+                            f"{[heads * config.head_dim, config.dim]}")
         yield key, name, reorder(name, tensor, config, from_hf=True)
 
 
 def to_hf(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Weights, or LoRA's A and B, by Hugging Face's names and with its order of rows in q and k."""
-    names, out = {ours: theirs for theirs, ours in HF_NAMES.items()}, {}
+    names, out = {ours: theirs for theirs, ours in NAMES.items()}, {}
     for name, tensor in tensors.items():
         tensor = reorder(name, tensor, config, from_hf=False)
         if part := re.fullmatch(r"(layers\.\d+)\.(.+)\.(weight|lora_A|lora_B)", name):
@@ -127,10 +152,11 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]):
+    """Tensors of DTYPES by name, on any device."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, t in tensors.items():
-        start, end = end, end + t.numel() * t.element_size()
+        start, end = end, end + t.nbytes
         header[name] = {"dtype": codes[t.dtype], "shape": list(t.shape),
                         "data_offsets": [start, end]}
     head = json.dumps(header).encode()
@@ -143,23 +169,28 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]):
     write_file(path, fill)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The format: 8 bytes (the header's length), a JSON header, the tensors' bytes. All mapped."""
-    size = path.stat().st_size
+def read_header(path: Path) -> tuple[int, list]:
+    """Where the tensors' bytes begin, and (name, dtype, shape, start, end) of each, as claimed."""
     with open_file(path) as file:
-        length = int.from_bytes(file.read(8), "little")
+        size, length = os.path.getsize(path), int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, 100_000_000):
             raise UserError(f"{path}: the header's length {length} does not fit a file of {size} "
                             f"bytes (truncated?)")
         header = parse_json(file.read(length), path, "a safetensors header")
-    try:
+    with expecting("a safetensors header; download it again", path):
         entries = [(name, str(e["dtype"]), [*e["shape"]], *e["data_offsets"])
                    for name, e in header.items() if name != "__metadata__"]
         if not all(len(e) == 5 and {*map(type, [*e[2], *e[3:]])} == {int} for e in entries):
-            raise ValueError("sizes and offsets must be integers")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: its header is damaged; download it again") from None
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
+            raise ValueError("sizes and offsets that are no integers")
+    return 8 + length, entries
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The format: 8 bytes (the header's length), a JSON header, the tensors' bytes. All mapped.
+    Strict: the tensors lie one behind the other and fill the file."""
+    begin, entries = read_header(path)
+    data = torch.from_file(str(path), shared=False, size=os.path.getsize(path),
+                           dtype=torch.uint8)[begin:]
     tensors, end = {}, 0
     for name, dtype, shape, start, stop in sorted(entries, key=lambda e: e[3:]):
         if dtype not in DTYPES:
@@ -172,7 +203,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
                             f"shape {shape!s:.80} in a file with {len(data)} bytes of data; "
                             f"truncated or damaged, download it again")
         raw = data[start:stop]
-        raw = raw if (8 + length + start) % width == 0 else raw.clone()     # view() needs alignment
+        raw = raw if (begin + start) % width == 0 else raw.clone()      # view() needs alignment
         tensors[name], end = raw.view(DTYPES[dtype]).view(shape), stop
     if end != len(data):
         raise UserError(f"{path}: {len(data) - end} bytes behind the last tensor; expected none")
@@ -181,31 +212,73 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 # ---- weight files -------------------------------------------------------------------------------
 
-def weight_sets(folder: Path, names: list[str]) -> list[list[Path]]:
-    """The sets of weight files that `names` of a folder make."""
-    for index, pattern in (("model.safetensors.index.json", r".*\.safetensors"),
-                           ("pytorch_model.bin.index.json", r"pytorch_model.*\.bin")):
-        if index in names:
-            return [indexed_files(folder / index)]
-        if found := [folder / name for name in names if re.fullmatch(pattern, name)]:
-            return [found]
-    return []
+SHARD = re.compile(r"(.+?)[-_.](\d+)-of-(\d+)\.(safetensors|bin)")
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+USUAL = ("model", "pytorch_model", "consolidated")      # how the names of a model's files begin
 
 
-def indexed_files(index: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[tuple[Path, int, int]]:
+    """(file, 0, 1) of a folder's .safetensors and .bin files: each tensor stands whole in one.
+
+    A folder may have the model twice, for example as safetensors and as .bin. Then each set must
+    hold all of it; `load_weights` compares their numbers.
+    """
+    names = sorted(path.name for path in folder.glob("[!.]*"))
+    meta = [name for name in names if re.fullmatch(r"consolidated\..*pth", name)]
+    sets = [meta] if meta else []
+    sets += [indexed(folder / name) for name in INDICES if name in names]
+    rest = [name for name in names if name.endswith((".safetensors", ".bin"))
+            and not any(name in files for files in sets)]
+    sets += numbered(folder, [name for name in rest if name.startswith(USUAL)])
+    sets = sets or ([rest] if rest else [])
+    for files in sets if len(sets) > 1 else []:
+        check_complete(folder, files)
+    return [(folder / name, 0, 1) for files in sets for name in files if files is not meta]
+
+
+def indexed(index: Path) -> list[str]:
     """The files that Hugging Face's index names; each must be one of its own folder."""
-    try:
-        names = sorted(set(read_json(index, "a JSON object with a weight_map")["weight_map"].values()))
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: expected a JSON object with a weight_map") from None
+    content = read_json(index, "a JSON object with a weight_map")
+    with expecting("a JSON object with a weight_map", index):
+        names = sorted(set(content["weight_map"].values()))
     for name in names:
         plain = isinstance(name, str) and Path(name).name == name
-        if not plain or not (index.parent / name).is_file():
-            raise UserError(f"{index}: names {name!r}, which is not a file of this folder")
-    return [index.parent / name for name in names]
+        if not plain or not os.path.isfile(index.parent / name):
+            raise UserError(f"{index}: names {name!r:.80}, which is not a file of this folder; "
+                            f"is the download complete?")
+    return names
+
+
+def numbered(folder: Path, names: list[str]) -> list[list[str]]:
+    """Files by the set that they belong to: one alone, or all of …-00001-of-00003 and so on."""
+    sets = {}
+    for name in sorted(names, key=lambda name: name.endswith(".bin")):
+        part = SHARD.fullmatch(name)
+        sets.setdefault((part[1], int(part[3]), part[4]) if part else name, []).append(name)
+    for key, files in sets.items():
+        if isinstance(key, tuple) and len(files) != key[1]:
+            raise UserError(f"{folder}: expected {key[1]} files {key[0]}-….{key[2]}, found "
+                            f"{len(files)}: {', '.join(files):.120}; is the download complete?")
+    return list(sets.values())
+
+
+def check_complete(folder: Path, files: list[str]):
+    config, held = ModelConfig.read(folder), set()
+    for path in (folder / name for name in files):
+        read = read_safetensors if path.suffix == ".safetensors" else read_pickle
+        held |= {meta_name(name) or name for name in read(path)}
+    with torch.device("meta"):
+        missing = dict(LM.empty(config).named_parameters()).keys() - held
+    if missing:
+        raise UserError(f"{folder}: has two sets of weights, and {', '.join(files):.120} lack "
+                        f"{len(missing)} tensors such as {min(missing)}; remove one of the two")
 
 
 # ---- export -------------------------------------------------------------------------------------
+
+KEPT = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "added_tokens.json", "chat_template.json", "chat_template.jinja")
+
 
 def to_params(config: ModelConfig) -> dict:
     """The inverse of from_params, with a multiplier where `multiple_of` 256 would not do."""
@@ -218,42 +291,79 @@ def to_params(config: ModelConfig) -> dict:
 
 
 def to_config(c: ModelConfig) -> dict:
+    """The inverse of from_config, as transformers 4 and 5 read it."""
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
             "hidden_size": c.dim, "num_hidden_layers": c.n_layers,
             "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads,
             "vocab_size": c.vocab_size, "intermediate_size": c.hidden_dim,
-            "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
-            "max_position_embeddings": 4096,                                # LLaMA 2's
+            "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "head_dim": c.head_dim,
             "tie_word_embeddings": c.tied}
 
 
-def write_checkpoint(folder: Path, state: dict[str, Tensor], config: ModelConfig, source: Path,
-                     form: str):
-    """Weights by Meta's names as a folder of `form` meta or hf, with the tokenizer of `source`."""
-    if form == "meta":
-        write_file(folder / "consolidated.00.pth", lambda file: torch.save(
-            {name: t.cpu() for name, t in state.items()}, file))
-        write_json(folder / "params.json", to_params(config))
-    else:
-        tokens = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
-                  "unk_token": "<unk>", "add_bos_token": True, "legacy": False}
-        write_json(folder / "tokenizer_config.json", tokens)
-        dtype = {"torch_dtype": str(state["norm.weight"].dtype).removeprefix("torch.")}
-        write_json(folder / "config.json", to_config(config) | dtype)
-        own = {name: t for name, t in state.items() if name != "output.weight" or not config.tied}
-        write_safetensors(folder / "model.safetensors", to_hf(own, config))
-    for path in source.glob("tokenizer*" if form == "hf" else "tokenizer.model"):
-        shutil.copyfile(path, folder / path.name)
+def facts(path: Path) -> dict:
+    """A JSON object that the source has, or {}."""
+    content = read_json(path, "a JSON object") if os.path.isfile(path) else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
 
 
-def export(lm, folder: Path, form: str, source: str):
-    """A model as files for other tools. The folder appears once all of it is written."""
-    state, config = {}, None
+def special_tokens(tokenizer) -> dict:
+    """tokenizer_config.json of a source that has none: Meta's."""
+    piece = tokenizer.pieces.id_to_piece
+    return {"tokenizer_class": "LlamaTokenizer", "bos_token": piece(tokenizer.bos),
+            "eos_token": piece(tokenizer.eos), "unk_token": piece(tokenizer.pieces.unk_id()),
+            "add_bos_token": True, "add_eos_token": False, "legacy": False,
+            "clean_up_tokenization_spaces": False}
+
+
+def write_hf(folder: Path, state: dict[str, Tensor], config: ModelConfig, source: Path):
+    """The source's own facts, with what the model and its tokenizer say in place of theirs."""
+    tokenizer = Tokenizer(source / "tokenizer.model", end_ids(source))
+    theirs = facts(source / "config.json")
+    ends = list(tokenizer.ends) if len(tokenizer.ends) > 1 else tokenizer.eos
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": ends}
+    length = facts(source / "params.json").get("max_seq_len") or 4096       # LLaMA 2's
+    dtype = str(state["layers.0.attention.wq.weight"].dtype).removeprefix("torch.")
+    theirs = {"max_position_embeddings": length} | theirs | to_config(config) | ids
+    theirs.pop("dtype", None)                                   # transformers 5's name of the next
+    write_json(folder / "config.json", theirs | {"torch_dtype": dtype})
+    write_json(folder / "generation_config.json", facts(source / "generation_config.json") | ids)
+    if not os.path.isfile(source / "tokenizer_config.json"):
+        write_json(folder / "tokenizer_config.json", special_tokens(tokenizer))
+    own = {name: t for name, t in state.items() if name != "output.weight" or not config.tied}
+    write_safetensors(folder / "model.safetensors", to_hf(own, config))
+
+
+def write_meta(folder: Path, state: dict[str, Tensor], config: ModelConfig, source: Path):
+    more = facts(source / "params.json")
+    more = {name: more[name] for name in ("max_seq_len", "max_batch_size") if name in more}
+    write_json(folder / "params.json", to_params(config) | more)
+    write_file(folder / "consolidated.00.pth", lambda file: torch.save(
+        {name: t.cpu() for name, t in state.items()}, file))
+
+
+def export(lm, folder: Path, form: str, source):
+    """A model as a folder for other tools, which appears once all of it is written.
+
+    form: "hf" or "meta" (the merged weights), "peft" (the LoRA alone). `source`: the checkpoint
+    that the model was made from; its tokenizer and what else it says of itself go along.
+    """
+    state, config, source = {}, None, Path(source)
     if isinstance(lm, LM):                                              # FedPT's proxy is two
         state, config = merged(lm), replace(lm.config, n_layers=len(lm.layers))
     with torch.device("meta"):
         if not config or state.keys() != LM.empty(config).state_dict().keys():
             raise UserError("--export: this method's result is not a LLaMA's weights, so no other "
                             "tool could load it")
-    write_folder(folder, lambda part: write_checkpoint(part, state, config, Path(source), form))
+    if form == "peft":
+        from extras.peft import write_peft
+        return write_peft(folder, lm, str(source))
+
+    def fill(part: Path):
+        (write_hf if form == "hf" else write_meta)(part, state, config, source)
+        for name in KEPT if form == "hf" else ("tokenizer.model",):
+            if os.path.isfile(source / name):
+                write_file(part / name, lambda file: file.write(read_bytes(source / name)))
+    write_folder(folder, fill)
     print(f"{folder}: written as {form}", file=sys.stderr)
