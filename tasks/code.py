@@ -1,4 +1,10 @@
-"""HumanEval-X, --task rosetta: samples, the programs made of them, their verdicts, pass@k."""
+"""HumanEval-X, --task rosetta: samples, the programs made of them, their verdicts, pass@k.
+
+In order: completions (where a function ends); programs (completion and tests in one file); judge (a
+program's verdict); toolchains; predictions (a file of samples, scored); the scorer's four
+functions. Paper, section 4.1 and Appendix A; CodeGeeX's evaluation (Zheng et al. 2023).
+"""
+import contextlib
 import hashlib
 import json
 import math
@@ -7,9 +13,11 @@ import re
 import secrets
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,70 +27,54 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from data import fields, find_file, read_rows
-from model import LM, UserError, generate
-from tasks import accuracy
-from tasks.sandbox import SYSTEM_PATH, Box, make_box, run_sandboxed, scratch
+from data import accuracy, find_file, read_rows, texts_of
+from model import LM, UserError, generate, parse_json, read_bytes, write_file
+from tasks.sandbox import (SYSTEM_PATH, Box, guard, make_box, python_folders, run_sandboxed,
+                           scratch)
 
 LANGS = {"Python": "python", "CPP": "cpp", "Go": "go", "Java": "java"}      # task_id's word: folder
-TOOLS = {"python": ("python3",), "cpp": ("g++",), "go": ("go",), "java": ("javac", "java")}
-SOURCES = {"python": "main.py", "cpp": "main.cpp", "go": "main_test.go", "java": "Main.java"}
-RUN_SECONDS, COMPILE_SECONDS = 15, 90
-JVM = "-Xmx512m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -XX:-UsePerfData"
-# The source is gone before its program starts: it cannot read its tests or their last word.
-DRIVER = ("import os; exec(compile([open('main.py').read(), os.remove('main.py')][0], 'main.py', "
-          "'exec'), dict(__name__='__main__'))")
-COMPILE = {
-    "python": "",
-    # Two problems include boost/any.hpp; where it is not installed, C++17's own class stands in.
-    "cpp": "set -- -std=c++11; grep -q '<openssl/' main.cpp && set -- -std=c++11 -lcrypto; "
-           "if grep -q '<boost/any.hpp>' main.cpp && [ ! -e /usr/include/boost/any.hpp ]; then "
-           "mkdir boost; set -- -std=c++17 -I.; echo '#include <any>' > boost/any.hpp; "
-           "echo 'namespace boost { using namespace std; }' >> boost/any.hpp; fi; "
-           'g++ -w -o main main.cpp "$@" && rm main.cpp || exit 99; ',
-    "go": "go test -c -vet=off -gcflags=-lang=go1.18 -ldflags=-s -o main main_test.go && "
-          "rm main_test.go || exit 99; ",
-    "java": f"javac -J{JVM.replace(' ', ' -J')} -nowarn -proc:none Main.java && rm Main.java || "
-            "exit 99; "}
-RUN = {"python": f"{shlex.quote(sys.executable)} -I -B -c {shlex.quote(DRIVER)}", "cpp": "./main",
-       "go": "./main", "java": f"java {JVM} -cp . Main"}
-# In a PID namespace /proc shows its own processes alone: after the program no more than before.
-ALONE = ("set -- /proc/[0-9]*; n=$#; {}; s=$?; set -- /proc/[0-9]*; "
-         "[ $s -ne 0 ] || [ $# -le $n ] || exit 98; exit $s")
-ENDS = {"exit status 99": "not compiled", "exit status 98": "left a process behind",
-        "exit status 137": "killed or out of time"}
-# What CodeGeeX's evaluation imports in front of a program.
-PYTHON_IMPORTS = ("math re sys copy datetime itertools collections heapq statistics functools "
-                  "hashlib string").split()
-PYTHON_HEAD = ("".join(f"import {name}\n" for name in PYTHON_IMPORTS)
-               + "from typing import *\nfrom collections import *\n")
-CPP_HEADERS = "stdlib.h algorithm math.h stdio.h vector string climits cstring iostream".split()
-GO_PACKAGES = "math strings fmt strconv time bytes regexp sort math/rand crypto/md5".split()
-# What the tests say last, and before how many of their closing braces.
-LAST_WORD = {"python": (0, "\n__import__('os').write(1, b'{}')\n"),
-             "cpp": (1, '\n__builtin_puts("{}");\n'),
-             "go": (1, '\nif !t.Failed() {{ println("{}") }}\n'),
-             "java": (2, '\nSystem.out.println("{}");\n')}
-STRING = r'"(?:\\.|[^"\\\n])*"|' r"'(?:\\.|[^'\\\n])*'"
-BRACES = re.compile(r'//[^\n]*|/\*.*?\*/|R"(\w*)\(.*?\)\1"|""".*?"""|`[^`]*`|[{}]|' + STRING, re.S)
-MARGIN = re.compile(r'"""(?:\\.|[^\\])*?"""|' r"'''(?:\\.|[^\\])*?'''|#[^\n]*|"
-                    r"^(?=[^\s#)\]}])|" + STRING, re.M)
+VENDOR = "humaneval_x/go/evaluation/vendor.tar.gz"                          # Go's assert
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k)
-    (paper, section 5)."""
-    assert 0 <= c <= n and 1 <= k <= n, (n, c, k)
-    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
+# ---- completions --------------------------------------------------------------------------------
+
+# Comments and strings of a language, and its braces. What does not end goes on to the text's end (a
+# string: the line's), so that every character is looked at once.
+COMMENT = r"//[^\n]*|/\*.*?(?:\*/|\Z)|"
+STRING = r'"(?:\\.|[^"\\\n])*"?|' + r"'(?:\\.|[^'\\\n]){1,12}'"
+RAW = {"cpp": r'\b(?:u8|[uUL])?R"([^()\\\s"]{0,16})\(.*?(?:\)\1"|\Z)|', "go": r"`[^`]*(?:`|\Z)|",
+       "java": r'"""(?:\\(?:.|\Z)|[^\\])*?(?:"""|\Z)|'}
+TOKENS = {lang: re.compile(COMMENT + raw + r"[{}]|" + STRING, re.S) for lang, raw in RAW.items()}
+# Python's comments and strings, and (empty) where a line begins with code at the margin.
+MARGIN = re.compile(r'"""(?:\\(?:.|\Z)|[^\\])*?(?:"""|\Z)|' r"'''(?:\\(?:.|\Z)|[^\\])*?(?:'''|\Z)|"
+                    r'"(?:\\.|[^"\\\n])*"?|' r"'(?:\\.|[^'\\\n])*'?|" r"#[^\n]*|^(?=[^\s#)\]}])",
+                    re.S | re.M)
+UNICODE = re.compile(r"(\\\\)|\\u+00([0-46-7][0-9a-fA-F]|5[0-9abd-fABD-F])")   # not a backslash
+HELPER = re.compile(r"(?:\s|//[^\n]*\n)*func (\w+)[\[(]")
 
 
-def brace_ends(text: str, depth: int, wanted: int) -> list[int]:
-    """Where a brace, not one in a comment or a string, closes down to the wanted depth."""
-    ends = []
-    for match in BRACES.finditer(text):
+def code_of(text: str, lang: str) -> str:
+    """The text with a space for each comment and string."""
+    return TOKENS[lang].sub(lambda match: match[0] if match[0] in "{}" else " ", text)
+
+
+def closings(text: str, lang: str, depth: int):
+    """(position behind it, depth that is left) of each closing brace."""
+    for match in TOKENS[lang].finditer(text):
         depth += (match[0] == "{") - (match[0] == "}")
-        ends += [match.end()] if match[0] == "}" and depth == wanted else []
-    return ends
+        if match[0] == "}":
+            yield match.end(), depth
+
+
+def helpers_end(text: str, ends: list[int]) -> int:
+    """Where the last Go helper ends that follows the function and is called before it."""
+    called = set(re.findall(r"\b(\w+)[\[(]", text[:ends[0]]))
+    for start, end in zip(ends, ends[1:]):
+        helper = HELPER.match(text, start)
+        if not helper or helper[1] not in called:
+            return start
+        called |= set(re.findall(r"\b(\w+)[\[(]", text[start:end]))
+    return ends[-1]
 
 
 def truncate_completion(text: str, lang: str) -> str:
@@ -90,62 +82,181 @@ def truncate_completion(text: str, lang: str) -> str:
     What does not end is returned whole: closing its braces would make another program of it."""
     if lang == "python":                        # a comment or a string at the margin ends nothing
         return text[:next((match.start() for match in MARGIN.finditer(text) if not match[0]), None)]
-    ends = brace_ends(text, 2 if lang == "java" else 1, 0)
-    if lang == "java" and not ends:             # whole methods, but the prompt's class is open
-        methods = brace_ends(text, 2, 1)
-        return text[:methods[-1]] + "\n}\n" if methods else text
-    while lang == "go" and ends:
-        helper = re.match(r"(?:\s|//[^\n]*\n)*func (\w+)\(", text[ends[0]:])
-        more = brace_ends(text[ends[0]:], 0, 0)
-        if not (helper and more and re.search(rf"\b{helper[1]}\(", text[:ends[0]])):
-            break
-        ends[0] += more[0]
-    return text[:ends[0]] + "\n" if ends else text
+    if lang == "java":                          # javac reads \u007d as a brace, wherever it stands
+        text = UNICODE.sub(lambda match: match[1] or chr(int(match[2], 16)), text)
+    closed = list(closings(text, lang, 2 if lang == "java" else 1))
+    ends = [end for end, depth in closed if depth == 0]
+    if ends:
+        return text[:helpers_end(text, ends) if lang == "go" else ends[0]] + "\n"
+    methods = [end for end, depth in closed if depth == 1 and lang == "java"]
+    return text[:methods[-1]] + "\n}\n" if methods else text    # Java: its prompt's class is open
 
 
-def program_of(row: dict, lang: str, body: str) -> str:
-    """Prompt, completion and tests in one file, as CodeGeeX's evaluation joins them."""
-    text = row["prompt"] + body + "\n" + row["test"]
+# ---- programs -----------------------------------------------------------------------------------
+
+SOURCES = {"python": "main.py", "cpp": "main.cpp", "go": "main_test.go", "java": "Main.java"}
+# What CodeGeeX's evaluation imports in front of a program; numpy too, where a program names it.
+PYTHON_IMPORTS = ("math re sys copy datetime itertools collections heapq statistics functools "
+                  "hashlib string").split()
+PYTHON_HEAD = ("".join(f"import {name}\n" for name in PYTHON_IMPORTS)
+               + "from typing import *\nfrom collections import *\n")
+NUMPY = "try:\n    import numpy, numpy as np\nexcept ImportError:\n    pass\n"
+CPP_HEADERS = "stdlib.h algorithm math.h stdio.h vector string climits cstring iostream".split()
+# Each with a name in it: Go refuses a package that nothing uses.
+GO_PACKAGES = {"math": "Abs", "strings": "Count", "fmt": "Sprint", "strconv": "Itoa", "time": "Now",
+               "bytes": "Count", "regexp": "MatchString", "sort": "Ints", "math/rand": "Int",
+               "crypto/md5": "New"}
+# The class files are gone before the program's own code runs: it cannot read its tests in them.
+LOADER = """
+class ScoringLoader extends ClassLoader {
+    private final java.util.Map<String, byte[]> code = new java.util.HashMap<>();
+    protected Class<?> findClass(String name) throws ClassNotFoundException {
+        byte[] bytes = code.remove(name);
+        if (bytes == null) throw new ClassNotFoundException(name);
+        return defineClass(name, bytes, 0, bytes.length);
+    }
+    public static void main(String[] args) throws Throwable {
+        ScoringLoader loader = new ScoringLoader();
+        for (java.io.File file : new java.io.File(".").listFiles()) {
+            if (!file.getName().endsWith(".class")) continue;
+            String name = file.getName().substring(0, file.getName().length() - 6);
+            loader.code.put(name, java.nio.file.Files.readAllBytes(file.toPath()));
+            file.delete();
+        }
+        java.lang.reflect.Method tests = loader.loadClass("Main").getDeclaredMethod(
+            "main", String[].class);
+        tests.setAccessible(true);
+        tests.invoke(null, (Object) args);
+    }
+}
+"""
+# The tests' last statement, and before how many of their closing braces it stands.
+LAST_WORD = {"python": (0, "\n__import__('os').write(1, b'%d' % ({} ^ {}))\n"),
+             "cpp": (1, '\n__builtin_printf("%llu", {}ull ^ {}ull);\n'),
+             "go": (1, "\nif !t.Failed() {{ println(uint64({}) ^ uint64({})) }}\n"),
+             "java": (2, "\nSystem.out.println({}L ^ {}L);\n")}
+
+
+def program_of(row: dict, lang: str, body: str, word: tuple = ()) -> str:
+    """Prompt, completion and tests in one file, as CodeGeeX's evaluation joins them. `word`: two
+    numbers, whose exclusive or the tests' last statement prints."""
+    prompt, test = row["prompt"], row["test"]
+    braces, statement = LAST_WORD[lang]
+    if word:
+        at = len(test)
+        for _ in range(braces):
+            at = test.rindex("}", 0, at)
+        test = test[:at] + statement.format(*word) + test[at:]
     if lang == "python":
-        return PYTHON_HEAD + text
+        text = prompt + body + "\n" + test
+        return PYTHON_HEAD + NUMPY * bool(re.search(r"\b(np|numpy)\b", text)) + text
     if lang == "cpp":
-        head = "".join(f"#include<{name}>\n" for name in CPP_HEADERS if name not in row["prompt"])
-        # DIFFERS: CPP/23 defines strlen(string), but its tests' strlen("x") is the C library's, so
-        # any body would pass.
-        test = re.sub(r'\bstrlen\((".*?")\)', r'strlen(string(\1))', row["test"])
-        return f"{head}{row['prompt']}{body}\n#undef NDEBUG\n#include<assert.h>\n{test}"
+        return cpp_program(prompt, body, test)
     if lang == "go":
-        # DIFFERS: imports those packages that are used. The official list is the canonical
-        # solution's, and since Go refuses an unused import, it fails programs that need fewer.
-        text = text.replace(row["import"], "", 1)
-        known = re.findall(r'"([^"\n]+)"', row["test_setup"] + row["import"]) + GO_PACKAGES
-        code = re.sub(r"//[^\n]*", "", text)
-        used = [p for p in dict.fromkeys(known) if re.search(rf"\b{p.rsplit('/')[-1]}\.", code)]
-        return "package main\nimport (\n" + "".join(f'"{p}"\n' for p in used) + ")\n" + text
-    return text
+        return go_program(row, body, test)
+    return prompt + body + "\n" + test + LOADER
 
 
-def judge(row: dict, lang: str, body: str, box: Box, seconds: float = RUN_SECONDS) -> str:
+def cpp_program(prompt: str, body: str, test: str) -> str:
+    """DIFFERS: the tests come before the function, which is declared in front of them, so that no
+    macro of the completion changes them."""
+    brace = [match.start() for match in TOKENS["cpp"].finditer(prompt) if match[0] == "{"][-1]
+    head = "".join(f"#include<{name}>\n" for name in CPP_HEADERS)
+    # DIFFERS: CPP/23 defines strlen(string), but its tests' strlen("x") is the C library's, so any
+    # body would pass.
+    test = re.sub(r'\bstrlen\((".*?")\)', r"strlen(string(\1))", test)
+    function = prompt[prompt.rfind("\n", 0, brace) + 1:] + body
+    return f"{head}{prompt[:brace]};\n#undef NDEBUG\n#include<assert.h>\n{test}\n{function}\n"
+
+
+def go_program(row: dict, body: str, test: str) -> str:
+    """DIFFERS: packages are imported where code names them. CodeGeeX's evaluation searches the
+    completion alone, its comments and strings too, and Go refuses an import that nothing uses."""
+    text = row["prompt"].replace(row["import"], "", 1) + body + "\n" + test
+    named = re.findall(r'"([^"\n]+)"', row["test_setup"] + row["import"])
+    last, code = {p: p.rsplit("/")[-1] for p in [*named, *GO_PACKAGES]}, code_of(text, "go")
+    used = [p for p in last if re.search(rf"(?<![\w.]){re.escape(last[p])}\.", code)]
+    return ("package main\nimport (\n" + "".join(f'"{p}"\n' for p in used) + ")\n"
+            + "".join(f"var _ = {last[p]}.{GO_PACKAGES[p]}\n" for p in used if p in GO_PACKAGES)
+            + text)
+
+
+# ---- judge --------------------------------------------------------------------------------------
+
+RUN_SECONDS, COMPILE_SECONDS = 15, 90
+JVM = "-Xmx512m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -XX:-UsePerfData"
+# The source is gone before its program starts, or is compiled: it cannot read its tests.
+DRIVER = ("import os; exec(compile([open('main.py').read(), os.remove('main.py')][0], 'main.py', "
+          "'exec'), dict(__name__='__main__'))")
+COMPILE = {
+    "python": "",
+    "cpp": '{ cat main.cpp; rm main.cpp; } | g++ -w -o main -x c++ - "$@" || exit 99; ',
+    "go": "go test -c -vet=off -gcflags=-lang=go1.18 -ldflags=-s -o main main_test.go && "
+          "rm main_test.go || exit 99; ",
+    "java": f"javac -J{JVM.replace(' ', ' -J')} -nowarn -proc:none Main.java && rm Main.java || "
+            "exit 99; "}
+RUN = {"python": f"{shlex.quote(sys.executable)} -I -B -c {shlex.quote(DRIVER)}", "cpp": "./main",
+       "go": "./main", "java": f"java {JVM} -cp . ScoringLoader"}
+# Two problems include boost/any.hpp; where it is not installed, C++17's own class stands in.
+BOOST = ("if [ ! -e /usr/include/boost/any.hpp ]; then mkdir boost; set -- -std=c++17 -I.; "
+         "echo '#include <any>' > boost/any.hpp; "
+         "echo 'namespace boost { using namespace std; }' >> boost/any.hpp; fi; ")
+# In a PID namespace /proc shows its own processes alone: after the program no more than before.
+ALONE = ("set -- /proc/[0-9]*; n=$#; {}; s=$?; set -- /proc/[0-9]*; "
+         "[ $s -ne 0 ] || [ $# -le $n ] || exit 98; exit $s")
+ENDS = {"exit status 99": "not compiled", "exit status 98": "left a process behind",
+        "exit status 137": "killed or out of time"}
+WITHOUT_NUMPY = "needs numpy, which is not installed here"
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k)
+    (paper, Appendix A)."""
+    assert 0 <= c <= n and 1 <= k <= n, (n, c, k)
+    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
+
+
+def compile_command(program: str, lang: str) -> str:
+    if lang != "cpp":
+        return COMPILE[lang]
+    included = set(re.findall(r"#\s*include\s*<(openssl|boost/any.hpp)\b", code_of(program, lang)))
+    return ("set -- -std=c++11" + " -lcrypto" * ("openssl" in included) + "; "
+            + BOOST * ("boost/any.hpp" in included) + COMPILE[lang])
+
+
+def judge(row: dict, lang: str, body: str, box: Box, seconds: float = RUN_SECONDS,
+          cancel: threading.Event | None = None) -> str:
     """"passed", or why not. Exit status 0 proves nothing, since a program may leave before its
     tests: their last statement must have said a word that did not exist when it was written.
 
-    Not stopped, here as in the official evaluation: a program that searches its own memory for
-    that word, or returns an object that equals everything.
+    A program cannot read that word in its source or its class files, nor start a process that tries
+    an answer, nor change its tests by a macro or a class behind the function. Not stopped, here as
+    in the official evaluation: one that looks for the word in its own memory (Python's frames), or
+    takes its executable apart; that calls the tests itself, or starts itself again, to try answers;
+    that replaces a function of the library which the tests call, or handles the signal of a failed
+    assertion; that returns an object which equals everything. Where Python has no ctypes, or the
+    kernel no seccomp, processes can be started.
     """
-    word, program = secrets.token_hex(16), program_of(row, lang, body)
-    braces, statement = LAST_WORD[lang]
-    at = len(program)
-    for _ in range(braces):
-        at = program.rindex("}", 0, at)
-    program = program[:at] + statement.format(word) + program[at:]
-    run = f"timeout -s KILL {seconds} {RUN[lang]}"
-    script = COMPILE[lang] + (run if box.kind == "none" else ALONE.format(run))
-    seconds += COMPILE_SECONDS if COMPILE[lang] else 5
-    why, output = run_sandboxed(["sh", "-c", script], {SOURCES[lang]: program}, box, seconds,
-                                address_mb=12288 if lang in ("go", "java") else 2048)
+    word = secrets.randbits(62) | 1 << 62, secrets.randbits(62)         # 19 digits, whatever comes
+    program = program_of(row, lang, body, word)
+    run = f"timeout -s KILL {seconds} {shlex.join(guard(fork=False))} {RUN[lang]}"
+    build = compile_command(program, lang)
+    seconds += COMPILE_SECONDS if build else 5
+    why, output = run_sandboxed(
+        ["sh", "-c", build + (run if box.kind == "none" else ALONE.format(run))],
+        {SOURCES[lang]: program}, box, seconds,
+        address_mb=12288 if lang in ("go", "java") else 2048, cancel=cancel)
     if not why:
-        return "passed" if word in output else "left before the end of its tests"
+        said = str(word[0] ^ word[1]) in output
+        return "passed" if said else "left before the end of its tests"
+    if lang == "python" and re.search("named 'numpy'|name '(np|numpy)' is not defined", output):
+        return WITHOUT_NUMPY
     return ENDS.get(why, why)
+
+
+# ---- toolchains ---------------------------------------------------------------------------------
+
+TOOLS = {"python": ("python3",), "cpp": ("g++",), "go": ("go",), "java": ("javac", "java")}
 
 
 def toolchain(lang: str, rows: list[dict], data_dir, kind: str, folder: Path) -> Box | str:
@@ -154,14 +265,14 @@ def toolchain(lang: str, rows: list[dict], data_dir, kind: str, folder: Path) ->
     if None in found:
         return f"no {TOOLS[lang][found.index(None)]} on PATH"
     if lang == "python":
-        found, shown = [sys.executable], {sys.prefix, sys.base_prefix}
+        found, shown = [sys.executable], python_folders()
     else:
         found = [p if p.startswith("/usr/") else os.path.realpath(p) for p in found]
         shown = {str(Path(os.path.realpath(p)).parents[1]) for p in found}
-    shown = {p for p in shown if not f"{p}/".startswith("/usr/")}
-    shown |= {str(p) for p in Path("/etc").glob("java*") if lang == "java"}
-    if any(Path.home().is_relative_to(p) for p in shown):
+        shown = {p for p in shown if not f"{p}/".startswith("/usr/")}
+    if shown is None or any(Path.home().is_relative_to(p) for p in shown):
         return f"{found[0]} cannot be shown to a program without the home folder"
+    shown |= {str(p) for p in Path("/etc").glob("java*") if lang == "java"}
     path = ":".join([*dict.fromkeys(os.path.dirname(p) for p in found), SYSTEM_PATH])
     env = {"PATH": path, "OPENBLAS_NUM_THREADS": "1"}
     if lang == "go":
@@ -175,53 +286,101 @@ def toolchain(lang: str, rows: list[dict], data_dir, kind: str, folder: Path) ->
     return Box(kind, tuple(sorted(shown)), tuple(env.items()))
 
 
+def packages_of(rows: list[dict]) -> set[str]:
+    """What the tests of Go's problems import."""
+    return {p for row in rows for p in re.findall(r'"([^"\n]+)"', row["test_setup"])}
+
+
+def unpack_modules(data_dir, folder: Path | None):
+    """The Go modules that tests import, from the official archive; without a folder a check."""
+    archive = find_file(data_dir, VENDOR)
+    try:
+        with tarfile.open(archive) as tar:
+            if folder:
+                tar.extractall(folder, filter="data")
+            elif not any(name.split("/")[0] == "vendor" for name in tar.getnames()):
+                raise tarfile.TarError("no folder `vendor`")
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise UserError(f"{archive}: expected the tests' Go modules as a .tar.gz ({error}); "
+                        f"download it again") from None
+    return archive
+
+
 def prepare_go(rows: list[dict], data_dir, folder: Path, env: dict) -> str:
     """Compiles once what all tests import, to share (then 0.4 s a program, not many); "" or what is
     missing."""
-    named = {p for row in rows for p in re.findall(r'"([^"\n]+)"', row["test_setup"])}
-    packages = sorted(named | set(GO_PACKAGES))
+    packages = sorted(packages_of(rows) | set(GO_PACKAGES))
     (folder / "path").mkdir(), (folder / "cache").mkdir()
     if any("." in p for p in packages):
         try:
-            archive = find_file(data_dir, "humaneval_x/go/evaluation/vendor.tar.gz")
-        except UserError as error:
-            return str(error)
-        try:
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
+            unpack_modules(data_dir, folder)
             (folder / "vendor").rename(folder / "path" / "src")     # GOPATH's name for vendor
-        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-            raise UserError(f"{archive}: expected the tests' Go modules as a .tar.gz ({error}); "
-                            f"download it again") from None
+        except (UserError, OSError) as error:
+            return str(error)
     imports = "".join(f'import _ "{p}"\n' for p in packages)
     (folder / "main_test.go").write_text("package main\n" + imports)
-    build = ["go", "test", "-c", "-vet=off", "-o", "none", "main_test.go"]
-    done = subprocess.run(build, cwd=folder, env=env, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
+    build = subprocess.Popen(["go", "test", "-c", "-vet=off", "-o", "none", "main_test.go"],
+                             cwd=folder, env=env, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        said = build.communicate()[0]
+    finally:                                        # Ctrl-C: the compilers that it started too
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(build.pid, signal.SIGKILL)
     subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
-    if done.returncode:
-        return f"go cannot build the tests' imports: {done.stdout.strip()[-200:]}"
-    return ""
+    return f"go cannot build the tests' imports: {said.strip()[-200:]}" if build.returncode else ""
 
+
+def working_box(lang: str, rows: list[dict], data_dir, kind: str, folder: Path) -> Box | str:
+    """The toolchain's box, seen to work: a machine without it, or libcrypto, must not score 0."""
+    box = toolchain(lang, rows, data_dir, kind, folder)
+    if not isinstance(box, Box):
+        return box
+    for row in rows[:1] + [row for row in rows[1:] if "<openssl/" in row["prompt"]]:
+        if (verdict := judge(row, lang, row["canonical_solution"], box)) != "passed":
+            return (f"{row['task_id']}'s own solution does not pass here ({verdict}); is the "
+                    f"toolchain complete?")
+    return box
+
+
+# ---- predictions --------------------------------------------------------------------------------
 
 def read_problems(data_dir, lang: str) -> dict[str, dict]:
     path = find_file(data_dir, f"humaneval_x/{lang}/humaneval_{lang}.jsonl.gz")
-    rows = read_rows(path)
     names = ("task_id", "prompt", "canonical_solution", "test")
-    fields(rows, path, names + ("import", "test_setup") * (lang == "go"))
+    names += ("import", "test_setup") * (lang == "go")
+    rows = [dict(zip(names, texts)) for texts in texts_of(read_rows(path), path, names)]
+    if not rows:
+        raise UserError(f"{path}: expected problems, one a line; the file has none")
+    for i, row in enumerate(rows, 1):
+        opened = lang != "cpp" or "{" in code_of(row["prompt"], lang)
+        if row["test"].count("}") < LAST_WORD[lang][0] or not opened:
+            raise UserError(f"{path}, row {i}: expected a function's beginning as 'prompt' and a "
+                            f"program's end as 'test', as in HumanEval-X")
     return {row["task_id"]: row for row in rows}
 
 
 def read_verdicts(path: Path) -> dict[str, str]:
-    """What an earlier scoring, perhaps killed in mid-line, has found."""
+    """What an earlier scoring, perhaps killed in mid-line, has found; without numpy: again."""
     verdicts = {}
-    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
-        try:
-            row = json.loads(line)
-            verdicts[row["key"]] = row["verdict"]
-        except (ValueError, KeyError, TypeError):
-            pass
+    for line in read_bytes(path).split(b"\n") if path.exists() else ():
+        with contextlib.suppress(UserError):
+            row = parse_json(line, path)
+            if isinstance(row, dict) and row.get("verdict") != WITHOUT_NUMPY:
+                verdicts[str(row.get("key"))] = row.get("verdict")
     return verdicts
+
+
+def record(results: Path, line: bytes = b""):
+    """Adds a line; one that a killed scoring left unfinished is closed first."""
+    try:
+        with open(results, "a+b") as file:
+            if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
+                file.write(b"\n")
+            file.write(line)
+    except OSError as error:
+        raise UserError(f"{results}: expected to keep the verdicts there ({error}); copy the "
+                        f"predictions to a folder with room that you may write to") from None
 
 
 class Sample(NamedTuple):
@@ -234,22 +393,40 @@ class Sample(NamedTuple):
 def read_samples(path, data_dir) -> list[Sample]:
     """A file of {"task_id": "Python/0", "generation": the text after the prompt}; a problem's rows
     are its samples."""
-    pairs = fields(read_rows(Path(path)), path, ("task_id", "generation"))
+    pairs = texts_of(read_rows(Path(path)), path, ("task_id", "generation"))
+    if not pairs:
+        raise UserError(f'{path}: expected rows of {{"task_id": …, "generation": …}}; the file has '
+                        f'none')
     problems, samples = {}, []
     for i, (task_id, generation) in enumerate(pairs, 1):
         lang = LANGS.get(task_id.split("/")[0])
         if not lang:
             raise UserError(f"{path}, row {i}: expected a task_id of {', '.join(LANGS)}, as "
-                            f"Python/0, found {task_id!r}")
+                            f"Python/0, found {task_id!r:.60}")
         problems[lang] = problems.get(lang) or read_problems(data_dir, lang)
         if task_id not in problems[lang]:
-            raise UserError(f"{path}, row {i}: no problem {task_id!r} in humaneval_x/{lang} of "
+            raise UserError(f"{path}, row {i}: no problem {task_id!r:.60} in humaneval_x/{lang} of "
                             f"{data_dir}; see --data-dir")
         row, body = problems[lang][task_id], truncate_completion(generation, lang)
-        text = f"{task_id}\n{program_of(row, lang, body)}"
+        # The number is that of these rules: verdicts by earlier ones are not taken over.
+        text = f"{task_id}\n2\n{program_of(row, lang, body)}"
         key = hashlib.sha256(text.encode(errors="replace")).hexdigest()
         samples.append(Sample(key, lang, row, body))
     return samples
+
+
+def run_samples(samples: list[Sample], boxes: dict, workers: int):
+    """(sample, verdict) of each as it ends, `workers` (0: one a core) at a time."""
+    pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)))
+    cancel = threading.Event()
+    try:
+        jobs = {pool.submit(judge, s.row, s.lang, s.body, boxes[s.lang], cancel=cancel): s
+                for s in samples}
+        for job in tqdm(as_completed(jobs), "run programs", len(jobs), disable=None, leave=False):
+            yield jobs[job], job.result()
+    finally:                                        # Ctrl-C: end what runs, do not start the rest
+        cancel.set()
+        pool.shutdown(cancel_futures=True)
 
 
 def score_code(predictions, data_dir, k: int = 0, workers: int = 0, unsafe: bool = False) -> dict:
@@ -266,6 +443,8 @@ def score_code(predictions, data_dir, k: int = 0, workers: int = 0, unsafe: bool
                             f"{n}; choose 1..{n}")
     verdicts = read_verdicts(results)
     todo, missing = {s.key: s for s in samples if s.key not in verdicts}, {}
+    if todo:
+        record(results)                             # no place for verdicts: said before any is run
     kind = make_box(unsafe).kind if todo else ""
     with scratch("tools") as folder:
         boxes = {}
@@ -274,44 +453,16 @@ def score_code(predictions, data_dir, k: int = 0, workers: int = 0, unsafe: bool
             box = working_box(lang, rows, data_dir, kind, folder)
             (boxes if isinstance(box, Box) else missing)[lang] = box
         todo = [s for s in todo.values() if s.lang in boxes]
-        for sample, verdict in run_samples(todo, boxes, workers):
-            verdicts[sample.key] = verdict
-            append(results, {"task_id": sample.row["task_id"], "verdict": verdict,
-                             "key": sample.key})
+        with contextlib.closing(run_samples(todo, boxes, workers)) as judged:
+            for sample, verdict in judged:
+                verdicts[sample.key] = verdict
+                row = {"task_id": sample.row["task_id"], "verdict": verdict, "key": sample.key}
+                record(results, (json.dumps(row) + "\n").encode())
+    if n := sum(verdicts.get(s.key) == WITHOUT_NUMPY for s in samples):
+        print(f"note: {n} Python programs failed: numpy is not installed here", file=sys.stderr)
     return {lang: {"not run": missing[lang]} if lang in missing else
             summarize([s for s in samples if s.lang == lang], verdicts, k)
             for lang in dict.fromkeys(s.lang for s in samples)}
-
-
-def working_box(lang: str, rows: list[dict], data_dir, kind: str, folder: Path) -> Box | str:
-    """The toolchain's box, seen to work: a machine without it, or libcrypto, must not score 0."""
-    box = toolchain(lang, rows, data_dir, kind, folder)
-    if not isinstance(box, Box):
-        return box
-    for row in rows[:1] + [row for row in rows[1:] if "<openssl/" in row["prompt"]]:
-        if (verdict := judge(row, lang, row["canonical_solution"], box)) != "passed":
-            return (f"{row['task_id']}'s own solution does not pass here ({verdict}); is the "
-                    f"toolchain complete?")
-    return box
-
-
-def run_samples(samples: list[Sample], boxes: dict, workers: int):
-    """(sample, verdict) of each as it ends, `workers` (0: one a core) at a time."""
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        try:
-            jobs = {pool.submit(judge, s.row, s.lang, s.body, boxes[s.lang]): s for s in samples}
-            done = as_completed(jobs)
-            for job in tqdm(done, "run programs", len(jobs), disable=None, leave=False):
-                yield jobs[job], job.result()
-        finally:                                    # Ctrl-C: do not start the rest
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def append(path: Path, row: dict):
-    """One line more; a line that a killed scoring left unfinished is closed first."""
-    whole = not path.exists() or not path.stat().st_size or path.read_bytes()[-1:] == b"\n"
-    with open(path, "a") as file:
-        file.write("\n" * (not whole) + json.dumps(row) + "\n")
 
 
 def summarize(samples: list[Sample], verdicts: dict, k: int) -> dict:
@@ -325,46 +476,84 @@ def summarize(samples: list[Sample], verdicts: dict, k: int) -> dict:
         for k in sorted({1, k} if k else {k for k in (1, 10) if k <= n})}
 
 
-def sample_code(lm: LM, tokenizer, opts, progress: str) -> list[dict]:
+# ---- the scorer ---------------------------------------------------------------------------------
+
+def prepare(cfg) -> list[Path]:
+    """Reads every file that scoring will need, and tries the sandbox where programs are to run, so
+    that nothing fails after the training; returns the files."""
+    rows = {lang: list(read_problems(cfg.data_dir, lang).values()) for lang in LANGS.values()}
+    files = [find_file(cfg.data_dir, f"humaneval_x/{lang}/humaneval_{lang}.jsonl.gz")
+             for lang in LANGS.values()]
+    if cfg.save_predictions:
+        place = Path(cfg.save_predictions)
+        if place.is_dir() or not os.access(place.parent, os.W_OK | os.X_OK):
+            raise UserError(f"--save-predictions {place}: expected a file's name in a folder that "
+                            f"you may write to")
+    if cfg.run_code:
+        make_box(cfg.unsafe_no_sandbox)
+        if shutil.which("go") and any("." in p for p in packages_of(rows["go"])):
+            files.append(unpack_modules(cfg.data_dir, None))
+    return files
+
+
+def sample_code(lm: LM, tokenizer, cfg, progress: str) -> list[dict]:
     """Rows of predictions: `samples` continuations of each problem's prompt, the first `limit`
-    problems of a language."""
+    problems of a language. Temperature 0.1 for several samples is the authors' code's."""
     problems = []
     for lang in LANGS.values():
-        problems += list(read_problems(opts.data_dir, lang).values())[:opts.limit or None]
+        problems += list(read_problems(cfg.data_dir, lang).values())[:cfg.limit or None]
     ids = [[tokenizer.bos] + tokenizer.encode(row["prompt"])
-           for row in problems for _ in range(opts.samples)]
-    heat = (0.0 if opts.samples == 1 else 0.1) if opts.temperature is None else opts.temperature
-    rng = torch.Generator(lm.tok_embeddings.weight.device).manual_seed(opts.seed)
-    texts = generate(lm, ids, opts.max_new_tokens or 512, tokenizer.eos, opts.batch_size, heat,
-                     opts.top_k, opts.top_p, rng, progress=progress)
+           for row in problems for _ in range(cfg.samples)]
+    heat = (0.0 if cfg.samples == 1 else 0.1) if cfg.temperature is None else cfg.temperature
+    rng = torch.Generator(lm.tok_embeddings.weight.device).manual_seed(cfg.seed)
+    texts = generate(lm, ids, cfg.max_new_tokens or 512, tokenizer.ends, cfg.batch_size, heat,
+                     cfg.top_k, cfg.top_p, rng, progress=progress)
     # Decoded behind its prompt, a text keeps the spaces that it begins with.
-    return [{"task_id": problems[i // opts.samples]["task_id"],
+    return [{"task_id": problems[i // cfg.samples]["task_id"],
              "generation": tokenizer.decode(prompt + text)[len(tokenizer.decode(prompt)):]}
             for i, (prompt, text) in enumerate(zip(ids, texts, strict=True))]
 
 
-def score_rosetta(lm: LM, tokenizer, opts, progress: str) -> dict:
+def score(lm: LM, tokenizer, cfg, progress: str) -> dict:
     """pass@1 over the problems that could be run. Without --run-code nothing is run: a sample is
     right only if it is the canonical solution, white space apart, less than pass@1 would say."""
-    rows = sample_code(lm, tokenizer, opts, progress)
+    rows = sample_code(lm, tokenizer, cfg, progress)
     with scratch("samples") as folder:
-        path = Path(opts.save_predictions or folder / "samples.jsonl")
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if opts.run_code:
-            langs = score_code(path, opts.data_dir, opts.k, unsafe=opts.unsafe_no_sandbox)
-            ran = [r for r in langs.values() if "not run" not in r]
-            total = sum(r["problems"] for r in ran)
-            right = sum(r["pass@1"] * r["problems"] for r in ran)
-            return {"correct": round(right, 4), "total": total, "accuracy": right / max(total, 1),
-                    "metric": "pass@1", "languages": langs}
-        samples = read_samples(path, opts.data_dir)
+        path = Path(cfg.save_predictions or folder / "samples.jsonl")
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_file(path, lambda file: file.write(text.encode()))
+        if not cfg.run_code:
+            return compared(read_samples(path, cfg.data_dir))
+        langs = score_code(path, cfg.data_dir, cfg.k, unsafe=cfg.unsafe_no_sandbox)
+    ran = [r for r in langs.values() if "not run" not in r]
+    if not ran:
+        raise UserError("--run-code: expected to run programs of at least one language; "
+                        + "; ".join(f"{lang}: {r['not run']}" for lang, r in langs.items()))
+    total = sum(r["problems"] for r in ran)
+    right = sum(r["pass@1"] * r["problems"] for r in ran)
+    return {"correct": round(right, 4), "total": total, "accuracy": right / total,
+            "metric": "pass@1", "languages": langs}
+
+
+def compared(samples: list[Sample]) -> dict:
     gold = [truncate_completion(s.row["canonical_solution"], s.lang).split() for s in samples]
     return accuracy([s.body.split() for s in samples], gold) | {
         "metric": "canonical solution (programs not run: --run-code)"}
 
 
-def print_languages(result: dict):
-    for lang, r in result.items():
+def score_predictions(cfg) -> dict:
+    """Per language, as `score_code`."""
+    if not cfg.run_code:
+        raise UserError("--predictions of rosetta: scoring runs a model's programs; add --run-code "
+                        "if that is wanted")
+    return score_code(cfg.predictions, cfg.data_dir, cfg.k, unsafe=cfg.unsafe_no_sandbox)
+
+
+def report(result: dict):
+    if "metric" in result:
+        print(f"rosetta: {result['correct']} of {result['total']} correct, accuracy "
+              f"{result['accuracy']:.2%} ({result['metric']})")
+    for lang, r in result.get("languages", {} if "metric" in result else result).items():
         if "not run" in r:
             print(f"{lang:8} not run: {r['not run']}")
         else:

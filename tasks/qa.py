@@ -1,7 +1,22 @@
-"""Question answering, --task dolly: eight of HELM's scenarios, with its metrics and prompts."""
+"""Question answering, --task dolly: eight of HELM's scenarios, with its metrics and prompts.
+
+In order: questions (a function a scenario: what HELM asks about a row of the official file); files;
+metrics; prompts and answers; the scorer's four functions. HELM: Liang et al. 2022, arXiv
+2211.09110; paper, Appendix A.
+
+Multiple choice: MMLU jointly (the options stand in the prompt, the model writes a letter);
+HellaSwag and OpenbookQA separately, by each option's log-likelihood after the question: for
+HellaSwag a token of it, for OpenbookQA less what the option has after a bare `Answer:`. So HELM has
+it: an ending continues a text, long ones must not lose for their length, nor frequent words win by
+themselves.
+"""
+import csv
+import io
 import re
 import string
 import sys
+import zipfile
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -10,34 +25,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Example, collate, fields, prompt_of, read_rows
-from model import LM, UserError, generate
-
-# HELM (Liang et al. 2022, arXiv 2211.09110): its scenarios, metrics, prompts and ways to choose.
-#
-# Multiple choice: MMLU jointly (the options stand in the prompt, the model writes a letter);
-# HellaSwag and OpenbookQA separately, by each option's log-likelihood after the question: for
-# HellaSwag a token of it, for OpenbookQA less what the option has after a bare `Answer:`. So HELM
-# has it: an ending continues a text, long ones must not lose for their length, nor frequent words
-# win by themselves.
-#
-# --shots 0: the template that Dolly was trained with. Else HELM's prompts, with at most HELM's 5
-# worked examples: MMLU's from its dev files; separate scoring has none. DIFFERS: for the others
-# HELM draws them from training files, which helm_qa/ has not; rows spread over the scored file
-# serve, and are not scored.
+from data import Example, collate, prompt_of, read_rows, texts_of
+from model import LM, UserError, clean_text, generate, parse_json, read_bytes
 
 WINDOW = 4096           # LLaMA 2's: worked examples that do not fit are left out, as in HELM
+LARGEST = 2**31         # bytes of a file once unpacked: more is no data set but a zip bomb
 LETTERS = list("ABCD")
-SCENARIOS = {           # files in helm_qa/, metric, HELM's bound on an answer's tokens; 0: separate
-    "mmlu": ("mmlu/test/*_test.csv", "exact match", 5),
-    "boolq": ("boolq/val.jsonl", "quasi-exact match", 5),
-    "narrativeqa": ("narrativeqa/test.json.zip", "F1", 100),
-    "naturalquestions_closed": ("nq_open/NQ-open.dev.jsonl", "F1", 300),
-    "naturalquestions_open": ("nq_open/nq-open-oracle.jsonl.gz", "F1", 300),
-    "quac": ("quac/[vq]*.json", "F1", 100),             # val_v0.2.json, or quac_sample.json
-    "hellaswag": ("hellaswag/hellaswag_val.jsonl", "exact match", 0),
-    "openbookqa": ("openbookqa/test.tsv", "exact match", 0)}
 
+
+# ---- questions ----------------------------------------------------------------------------------
 
 class Question(NamedTuple):
     ask: str
@@ -47,53 +43,56 @@ class Question(NamedTuple):
     subject: str = ""               # MMLU's
 
 
-def questions_of(name: str, row) -> list[Question]:
-    """What HELM asks about a row of a scenario's official file; KeyError, … where it is none."""
-    if name == "mmlu":
-        ask, *options, letter = row
-        listed = [f"{x}. {option}" for x, option in zip(LETTERS, options, strict=True)]
-        return [Question("\n".join([ask, *listed]), "", [LETTERS[LETTERS.index(letter)]])]
-    if name == "quac":
-        return quac_turns(row)
-    if name == "narrativeqa":
-        return [Question(untokenised(row["question.tokens"]), untokenised(row["context.tokens"]),
-                         [untokenised(text) for text in row["ground_truths"]])]
-    if name == "openbookqa":
-        return [choice(row[1], re.split(r"\s*\([A-D]\)\s*", row[2])[1:], LETTERS.index(row[4]))]
-    if name == "hellaswag":
-        then = row["ctx_b"][:1].upper() + row["ctx_b"][1:]
-        begun = f"{row['activity_label']}: {row['ctx_a']} {then}".strip()
-        return [choice(begun, row["endings"], int(row["label"]))]
-    ask = row["question"].removesuffix("?") + "?"           # a search engine's query as a question
-    if name == "boolq":
-        answer = {"true": "Yes", "false": "No"}[str(row["label"]).lower()]  # JSON's true, or text
-        return [Question(ask, row["passage"], [answer])]
-    if name == "naturalquestions_open":
-        return [Question(ask, row["ctxs"][0]["text"], row["answers"])]
-    return [Question(ask, "", row["answer"])]
+def value(row, name: str, kind: type = str):
+    """row[name], which must be there and of its kind: a text (cleaned), a list or an object."""
+    found = row.get(name) if isinstance(row, dict) else row
+    if not isinstance(row, dict) or not isinstance(found, kind):
+        words = {str: "a text", list: "a list", dict: "an object"}
+        raise ValueError(f"expected {name!r} as {words[kind]}, found {found!r:.60}")
+    return clean_text(found) if kind is str else found
 
 
-def choice(ask: str, options: list[str], right: int) -> Question:
-    if len(options) != 4 or not all(options) or not 0 <= right < 4:
-        raise ValueError("expected four options, and which is right")
-    answers = [options[right], LETTERS[right]]              # a prediction may be the letter
-    return Question(ask, "", answers, tuple(options))
+def texts(row, name: str) -> list[str]:
+    """row[name], a list of at least one text."""
+    found = value(row, name, list)
+    if not found or not all(isinstance(text, str) for text in found):
+        raise ValueError(f"expected {name!r} as a list of texts, found {found!r:.60}")
+    return [clean_text(text) for text in found]
 
 
-def quac_turns(row: dict) -> list[Question]:
-    """Every turn, with the true turns before it. DIFFERS: HELM scores one turn, drawn at random."""
-    heads = (("Title", row["title"]), ("Background", row.get("background")),
-             ("Section", row.get("section_title")))
-    unknown, questions = {"CANNOTANSWER": "Not enough information"}, []
-    for dialogue in row["paragraphs"]:
-        text = "".join(f"{name}: {value}\n" for name, value in heads if value)
-        text += dialogue["context"].removesuffix(" CANNOTANSWER")
-        for turn in dialogue["qas"]:
-            answers = [unknown.get(a["text"], a["text"]) for a in turn["answers"]]
-            questions.append(Question(turn["question"], text, answers))
-            said = turn["orig_answer"]["text"]
-            text += f"\nQuestion: {turn['question']}\nAnswer: {unknown.get(said, said)}"
-    return questions
+def letters_of(options: list[str], right: int) -> list[str]:
+    """The right option's letter, and that of any other with the same text, as in HELM."""
+    return [letter for letter, option in zip(LETTERS, options, strict=True)
+            if option.strip() == options[right].strip()]
+
+
+def choice(ask: str, options: list[str], right: int) -> list[Question]:
+    """A question for separate scoring. A prediction may be the right option or its letter."""
+    if len(options) != 4 or not all(options):
+        raise ValueError(f"expected four options, found {options!r:.60}")
+    return [Question(ask, "", [options[right], *letters_of(options, right)], tuple(options))]
+
+
+def mmlu(row: list[str]) -> list[Question]:
+    if len(row) != 6 or row[5] not in LETTERS:
+        raise ValueError(f"expected a question, four options and a letter, found {row!r:.60}")
+    ask, *options, letter = row
+    listed = [f"{x}. {option}" for x, option in zip(LETTERS, options, strict=True)]
+    right = letters_of(options, LETTERS.index(letter))
+    return [Question("\n".join([ask, *listed]), "", right)]
+
+
+def asked(query: str) -> str:
+    """A search engine's query as a question. HELM: `Who is ann`, all else in lower case."""
+    return query.strip().removesuffix("?").capitalize() + "?"
+
+
+def boolq(row) -> list[Question]:
+    label = row.get("label") if isinstance(row, dict) else row
+    answer = {"true": "Yes", "false": "No"}.get(str(label).lower())     # JSON's true, or a text
+    if type(label) not in (bool, str) or not answer:
+        raise ValueError(f"expected 'label' as true or false, found {label!r:.60}")
+    return [Question(asked(value(row, "question")), value(row, "passage"), [answer])]
 
 
 @lru_cache(maxsize=512)                                         # thirty questions share a story
@@ -102,31 +101,164 @@ def untokenised(text: str) -> str:
     return re.sub(r" (n't|'(?:s|m|d|re|ve|ll)\b|[.,;:!?)])", r"\1", text).replace("( ", "(")
 
 
-def read_questions(name: str, paths) -> list[Question]:
-    questions = []
-    for path in sorted(paths):
-        subject = path.stem.rsplit("_", 1)[0].replace("_", " ") if name == "mmlu" else ""
-        header = name == "openbookqa"
-        for i, row in enumerate(read_rows(path)[header:], 1 + header):
-            try:
-                questions += [q._replace(subject=subject) for q in questions_of(name, row)]
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                raise UserError(f"{path}, row {i}: expected a row of {name}'s official file "
-                                f"({error!r})") from None
+def narrativeqa(row) -> list[Question]:
+    ask = untokenised(value(row, "question.tokens")).strip().removesuffix("?") + "?"
+    answers = [untokenised(text) for text in texts(row, "ground_truths")]
+    return [Question(ask, untokenised(value(row, "context.tokens")), answers)]
+
+
+def natural_closed(row) -> list[Question]:
+    return [Question(asked(value(row, "question")), "", texts(row, "answer"))]
+
+
+def natural_open(row) -> list[Question]:
+    passages = value(row, "ctxs", list)
+    passage = value(passages[0] if passages else None, "text")
+    return [Question(asked(value(row, "question")), passage, texts(row, "answers"))]
+
+
+def quac(row) -> list[Question]:
+    """Every turn, with the true turns before it. DIFFERS: HELM scores one turn, drawn at random,
+    and sets Title, Background and turns apart by empty lines.
+
+    Where all answers abstain HELM accepts four forms of that, else CANNOTANSWER as it stands.
+    """
+    dialogues, questions = value(row, "paragraphs", list), []
+    heads = [(name, value(row, key)) for name, key in (
+        ("Title", "title"), ("Background", "background"), ("Section", "section_title"))
+        if key in row or key == "title"]
+    for dialogue in dialogues:
+        text = "".join(f"{name}: {said}\n" for name, said in heads if said)
+        text += value(dialogue, "context").removesuffix(" CANNOTANSWER")
+        for turn in value(dialogue, "qas", list):
+            ask = value(turn, "question")
+            answers = [value(a, "text") for a in value(turn, "answers", list)]
+            if not answers:
+                raise ValueError("expected 'answers' as a list of at least one answer, found []")
+            if set(answers) == {"CANNOTANSWER"}:
+                answers += ["Not enough information", "Cannot answer", "Do not know"]
+            questions.append(Question(ask, text, list(dict.fromkeys(answers))))
+            said = value(value(turn, "orig_answer", dict), "text")
+            text += f"\nQuestion: {ask}\nAnswer: {said}"
     return questions
+
+
+def hellaswag(row) -> list[Question]:
+    label, then = row.get("label") if isinstance(row, dict) else row, value(row, "ctx_b")
+    if type(label) not in (int, str) or str(label) not in ("0", "1", "2", "3"):
+        raise ValueError(f"expected 'label' as 0..3, found {label!r:.60}")
+    ask = (f"{value(row, 'activity_label')}: {value(row, 'ctx_a')} "
+           f"{then[:1].upper()}{then[1:]}").strip()
+    return choice(ask, texts(row, "endings"), int(label))
+
+
+def openbookqa(row: list[str]) -> list[Question]:
+    if len(row) != 5 or row[4] not in LETTERS:
+        raise ValueError(f"expected five columns, the last a letter, found {row!r:.60}")
+    options = re.split(r"\s*\([A-D]\)\s*", row[2])[1:]
+    return choice(row[1], options, LETTERS.index(row[4]))
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+class Scenario(NamedTuple):
+    files: str                      # in helm_qa/
+    metric: str
+    new_tokens: int                 # HELM's bound on an answer; 0: separate scoring
+    read: object                    # a row of the official file -> list[Question]
+
+
+SCENARIOS = {
+    "mmlu": Scenario("mmlu/test/*_test.csv", "exact match", 5, mmlu),
+    "boolq": Scenario("boolq/val.jsonl", "quasi-exact match", 5, boolq),
+    "narrativeqa": Scenario("narrativeqa/test.json.zip", "F1", 100, narrativeqa),
+    "naturalquestions_closed": Scenario("nq_open/NQ-open.dev.jsonl", "F1", 300, natural_closed),
+    "naturalquestions_open": Scenario("nq_open/nq-open-oracle.jsonl.gz", "F1", 300, natural_open),
+    "quac": Scenario("quac/[vq]*.json", "F1", 100, quac),       # val_v0.2.json, or quac_sample.json
+    "hellaswag": Scenario("hellaswag/hellaswag_val.jsonl", "exact match", 0, hellaswag),
+    "openbookqa": Scenario("openbookqa/test.tsv", "exact match", 0, openbookqa)}
+DEV = "mmlu/dev/*_dev.csv"                                      # MMLU's worked examples
+
+
+def files_of(data_dir, pattern: str) -> list[Path]:
+    """The files of a scenario, sorted; not what a Mac adds to them (`._val.jsonl`)."""
+    root = Path(data_dir) / "helm_qa"
+    paths = sorted(path for path in root.glob(pattern) if not path.name.startswith("."))
+    if len(paths) > 1 and not pattern.startswith("mmlu"):
+        raise UserError(f"{paths[0]}, {paths[1]}: expected one file of a scenario, found "
+                        f"{len(paths)}; keep one")
+    return paths
+
+
+def read_text(path: Path) -> str:
+    """A file's text, without a byte order mark; of a .zip its first .json file, unpacked."""
+    blob = read_bytes(path, LARGEST)
+    try:
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(io.BytesIO(blob)) as archive:
+                json_names = re.compile(r"(.*/)?[^./][^/]*\.json")
+                names = [name for name in archive.namelist() if json_names.fullmatch(name)]
+                with archive.open(names[0]) as file:
+                    blob = file.read(LARGEST + 1)
+        if len(blob) > LARGEST:
+            raise UserError(f"{path}: expected {LARGEST:,} bytes at most once unpacked, found more")
+        return blob.decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, zipfile.BadZipFile, LookupError,
+            NotImplementedError, RuntimeError) as error:        # the last: an encrypted archive
+        raise UserError(f"{path}: cannot be read as {'packed ' * (path.suffix == '.zip')}UTF-8 "
+                        f"text: {error}") from None
+
+
+def read_official(path: Path) -> list:
+    """The rows of a .csv or .tsv, lists of texts; else objects, if of an array in `data` (QuAC)."""
+    if path.suffix in (".csv", ".tsv"):
+        form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+        try:
+            table = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, **form)
+            return [row for row in table if row]
+        except csv.Error as error:
+            raise UserError(f"{path}: not a table in {path.suffix[1:]} format: {error}") from None
+    if path.suffix not in (".json", ".zip"):
+        return read_rows(path)
+    rows = parse_json(read_text(path), path)
+    rows = rows.get("data") if isinstance(rows, dict) else rows
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a JSON array, found {type(rows).__name__}")
+    return rows
+
+
+def read_questions(name: str, paths: list[Path]) -> list[Question]:
+    found, header = [], name == "openbookqa"
+    for path in paths:
+        subject = path.stem.rsplit("_", 1)[0].replace("_", " ") if name == "mmlu" else ""
+        questions, rows = [], read_official(path)
+        if header and rows and rows[0][0] != "ID":
+            raise UserError(f"{path}, row 1: expected the official header, ID, Question Stem, …, "
+                            f"found {rows[0]!r:.60}")
+        for i, row in enumerate(rows[header:], 1 + header):
+            try:
+                questions += SCENARIOS[name].read(row)
+            except ValueError as error:
+                raise UserError(f"{path}, row {i}: expected a row of {name}'s official file; "
+                                f"{error}") from None
+        if not questions:
+            raise UserError(f"{path}: expected at least one question of {name}, found none")
+        found += [q._replace(subject=subject) for q in questions]
+    return found
 
 
 def read_scenarios(data_dir) -> dict[str, list[Question]]:
     """Every scenario's questions in their files' order; none where the files are not there."""
-    root = Path(data_dir) / "helm_qa"
-    found = {name: read_questions(name, root.glob(SCENARIOS[name][0])) for name in SCENARIOS}
+    found = {name: read_questions(name, files_of(data_dir, scenario.files))
+             for name, scenario in SCENARIOS.items()}
     if not any(found.values()):
+        root = Path(data_dir) / "helm_qa"
         raise UserError(f"{root}: expected files of HELM's scenarios, such as "
                         f"{root}/boolq/val.jsonl; found none")
-    for name in [name for name, questions in found.items() if not questions]:
-        print(f"note: {name} is not run: nothing at {root / SCENARIOS[name][0]}", file=sys.stderr)
     return found
 
+
+# ---- metrics ------------------------------------------------------------------------------------
 
 def normalised(text: str) -> str:
     """HELM's: lower case, then no punctuation, no articles, single spaces."""
@@ -145,10 +277,10 @@ def agreement(metric: str, gold: str, text: str) -> float:
     return 2 * len(gold & text) / max(len(gold) + len(text), 1)
 
 
-def scored(name: str, questions: list[Question], texts: list[str]) -> dict:
+def scored(name: str, questions: list[Question], answers: list[str]) -> dict:
     """The mean over the questions of the best agreement with an answer, by a text's first line."""
-    metric, lines = SCENARIOS[name][1], [text.strip().partition("\n")[0] for text in texts]
-    best = [max((agreement(metric, gold, line) for gold in q.answers), default=0.0)
+    metric, lines = SCENARIOS[name].metric, [text.strip().partition("\n")[0] for text in answers]
+    best = [max(agreement(metric, gold, line) for gold in q.answers)
             for q, line in zip(questions, lines, strict=True)]
     return {"metric": metric, "score": sum(best) / len(best) if best else None, "total": len(best)}
 
@@ -159,30 +291,37 @@ def averaged(scenarios: dict) -> dict:
     ran = [s for s in scenarios.values() if s["total"]]
     return {"correct": round(sum(s["score"] * s["total"] for s in ran), 4),
             "total": sum(s["total"] for s in ran),
-            "accuracy": sum(s["score"] for s in ran) / max(len(ran), 1), "scenarios": scenarios}
+            "accuracy": sum(s["score"] for s in ran) / len(ran), "scenarios": scenarios}
 
 
-def spread(rows: list, n: int) -> list:
+# ---- prompts and answers ------------------------------------------------------------------------
+
+# --shots 0: the template that Dolly was trained with. Else HELM's prompts, with at most HELM's 5
+# worked examples: MMLU's from its dev files; separate scoring has none. DIFFERS: for the others
+# HELM draws them from training files, which helm_qa/ has not; rows spread over the scored file
+# serve, and are not scored.
+
+def evenly(rows: list, n: int) -> list:
     """n rows evenly over a file, which may be sorted by subject or by story."""
     return [rows[i * len(rows) // n] for i in range(n)]
 
 
-def worked_examples(name: str, questions: list[Question], opts) -> dict[str, list[Question]]:
+def worked_examples(name: str, questions: list[Question], cfg) -> dict[str, list[Question]]:
     """By subject, as many as there are, but never most of the file that is scored."""
     subjects = {q.subject for q in questions}
-    shots = min(opts.shots, 5) if SCENARIOS[name][2] else 0
+    shots = min(cfg.shots, 5) if SCENARIOS[name].new_tokens else 0
     if name == "mmlu" and shots:
-        dev = read_questions(name, (Path(opts.data_dir) / "helm_qa").glob("mmlu/dev/*_dev.csv"))
+        dev = read_questions(name, files_of(cfg.data_dir, DEV))
         return {s: [d for d in dev if d.subject == s][:shots] for s in subjects}
-    return dict.fromkeys(subjects, spread(questions, min(shots, len(questions) // 2)))
+    return dict.fromkeys(subjects, evenly(questions, min(shots, len(questions) // 2)))
 
 
-def question_ids(q: Question, shown: list[Question], opts, new_tokens: int, tokenizer) -> list[int]:
+def question_ids(q: Question, shown: list[Question], cfg, new_tokens: int, tokenizer) -> list[int]:
     """BOS and the prompt: the training template; with shots HELM's, or the bare question."""
     def block(q):
         return (f"Passage: {q.passage}\n" if q.passage else "") + f"Question: {q.ask}\nAnswer:"
-    if q.options or not opts.shots:
-        text = q.ask if opts.shots else prompt_of(q.ask, q.passage)
+    if q.options or not cfg.shots:
+        text = q.ask if cfg.shots else prompt_of(q.ask, q.passage)
         return [tokenizer.bos] + tokenizer.encode(text)
     head = "The following are multiple choice questions (with answers) about {}.\n\n"
     head = head.format(q.subject) if q.subject else ""
@@ -209,15 +348,15 @@ def log_likelihoods(lm: LM, examples: list[Example], batch_size: int, progress: 
     return out
 
 
-def choose_options(lm: LM, tokenizer, name: str, questions, opts, progress: str) -> list[str]:
+def choose_options(lm: LM, tokenizer, name: str, questions, cfg, progress: str) -> list[str]:
     """HELM's separate method. The four options of a question follow each other."""
     options = [tokenizer.encode(option) for q in questions for option in q.options]
 
-    def likelihoods(asked):
-        prompts = [ids for q in asked for ids in 4 * [question_ids(q, [], opts, 0, tokenizer)]]
+    def likelihoods(questions):
+        prompts = [ids for q in questions for ids in 4 * [question_ids(q, [], cfg, 0, tokenizer)]]
         pairs = [Example(prompt + option, len(prompt))
                  for prompt, option in zip(prompts, options, strict=True)]
-        return log_likelihoods(lm, pairs, opts.batch_size, progress)
+        return log_likelihoods(lm, pairs, cfg.batch_size or 64, progress)
     scores = likelihoods(questions)
     if name == "hellaswag":
         scores = scores / torch.tensor([len(option) for option in options])
@@ -226,51 +365,71 @@ def choose_options(lm: LM, tokenizer, name: str, questions, opts, progress: str)
     return [q.options[best] for q, best in zip(questions, scores.view(-1, 4).argmax(1).tolist())]
 
 
-def answers_to(lm: LM, tokenizer, name: str, questions, shown: dict, opts, progress: str) -> list:
+def answers_to(lm: LM, tokenizer, name: str, questions, shown: dict, cfg, progress: str) -> list:
     """The model's answers. In HELM's prompts a line break ends one, as in HELM."""
-    if not SCENARIOS[name][2]:
-        return choose_options(lm, tokenizer, name, questions, opts, progress)
-    new_tokens = opts.max_new_tokens or SCENARIOS[name][2]
-    ids = [question_ids(q, shown[q.subject], opts, new_tokens, tokenizer) for q in questions]
-    room = opts.batch_size * 1024 // (max(map(len, ids)) + new_tokens)  # fewer long prompts
-    texts = generate(lm, ids, new_tokens, tokenizer.eos, min(opts.batch_size, max(room, 1)),
-                     stop=tokenizer.encode("\n")[-1] if opts.shots else None, progress=progress)
-    return [tokenizer.decode(text) for text in texts]
+    if not SCENARIOS[name].new_tokens:
+        return choose_options(lm, tokenizer, name, questions, cfg, progress)
+    new_tokens = cfg.max_new_tokens or SCENARIOS[name].new_tokens
+    ids = [question_ids(q, shown[q.subject], cfg, new_tokens, tokenizer) for q in questions]
+    found = generate(lm, ids, new_tokens, tokenizer.ends, cfg.batch_size,
+                     stop=tokenizer.encode("\n")[-1] if cfg.shots else None, progress=progress)
+    return [tokenizer.decode(text) for text in found]
 
 
-def score_dolly(lm: LM, tokenizer, opts, progress: str) -> dict:
+# ---- the scorer ---------------------------------------------------------------------------------
+
+def prepare(cfg) -> list[Path]:
+    """Reads every file that scoring will need, so that nothing fails after the training."""
+    found = read_scenarios(cfg.data_dir)
+    for name, questions in found.items():
+        worked_examples(name, questions, cfg)
+        if not questions:
+            print(f"note: {name} is not run: nothing at helm_qa/{SCENARIOS[name].files} of "
+                  f"{cfg.data_dir}", file=sys.stderr)
+    patterns = [scenario.files for scenario in SCENARIOS.values()] + [DEV] * bool(cfg.shots)
+    return [path for pattern in patterns for path in files_of(cfg.data_dir, pattern)]
+
+
+def score(lm: LM, tokenizer, cfg, progress: str) -> dict:
     """The eight scenarios; --limit questions of each, spread over its files."""
     results = {}
-    for name, questions in read_scenarios(opts.data_dir).items():
-        shown = worked_examples(name, questions, opts)
+    for name, questions in read_scenarios(cfg.data_dir).items():
+        shown = worked_examples(name, questions, cfg)
         held_out = {id(example) for examples in shown.values() for example in examples}
-        asked = [q for q in questions if id(q) not in held_out]
-        asked = spread(asked, min(opts.limit or len(asked), len(asked)))
+        left = [q for q in questions if id(q) not in held_out]
+        left = evenly(left, min(cfg.limit or len(left), len(left)))
         title = f"{progress} {name}"
-        texts = answers_to(lm, tokenizer, name, asked, shown, opts, title) if asked else []
-        results[name] = scored(name, asked, texts)
+        answers = answers_to(lm, tokenizer, name, left, shown, cfg, title) if left else []
+        results[name] = scored(name, left, answers)
     return averaged(results)
 
 
-def score_dolly_predictions(path, data_dir) -> dict:
+def score_predictions(cfg) -> dict:
     """A file of {"scenario", "index": the question's place in its files, "text"}; what is not in it
     is not run."""
-    rows, questions = read_rows(Path(path)), read_scenarios(data_dir)
-    pairs = {name: {} for name in SCENARIOS}
-    for i, (row, (name, text)) in enumerate(zip(rows, fields(rows, path, ("scenario", "text"))), 1):
+    path, pairs = Path(cfg.predictions), {name: {} for name in SCENARIOS}
+    rows, questions = read_rows(path), read_scenarios(cfg.data_dir)
+    if not rows:
+        raise UserError(f'{path}: expected rows of {{"scenario": …, "index": …, "text": …}}; the '
+                        f'file has none')
+    named = texts_of(rows, path, ("scenario", "text"))
+    for i, (row, (name, text)) in enumerate(zip(rows, named, strict=True), 1):
         if name not in SCENARIOS:
             raise UserError(f"{path}, row {i}: expected a scenario of {', '.join(SCENARIOS)}, "
-                            f"found {name!r}")
+                            f"found {name!r:.60}")
         index, n = row.get("index"), len(questions[name])
+        if not n:
+            raise UserError(f"{path}, row {i}: expected {name}'s questions at "
+                            f"helm_qa/{SCENARIOS[name].files} of {cfg.data_dir}; found none")
         if type(index) is not int or not 0 <= index < n or index in pairs[name]:
             raise UserError(f"{path}, row {i}: expected an index of {name}'s {n} questions, each "
-                            f"once, found {index!r}")
+                            f"once, found {index!r:.60}")
         pairs[name][index] = text
-    return averaged({name: scored(name, [questions[name][i] for i in texts], list(texts.values()))
-                     for name, texts in pairs.items()})
+    return averaged({name: scored(name, [questions[name][i] for i in found], list(found.values()))
+                     for name, found in pairs.items()})
 
 
-def print_scenarios(result: dict):
+def report(result: dict):
     print(f"{'scenario':24} {'metric':18} {'score':>7} {'questions':>10}")
     for name, s in result["scenarios"].items():
         score = f"{s['score']:7.2%} {s['total']:10}" if s["total"] else "not run"

@@ -1,14 +1,23 @@
-"""A model's programs, kept apart: run_sandboxed(command, files, box) -> (error, output)."""
+"""A model's programs, kept apart: run_sandboxed(command, files, box) -> (error, output).
+
+In order: what isolates (Box, make_box, isolate), what takes rights and sets limits (restrict; the
+system calls that are refused), what is counted while a program runs (watch).
+"""
 import contextlib
 import math
 import os
+import platform
 import resource
 import shutil
 import signal
+import stat
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +47,32 @@ mount -o remount,bind,ro "$root"; pivot_root . old; cd /; umount -l /old; exec "
 """
 # In a chroot a program cannot make a user namespace, in which it could mount memory without end.
 JAIL = 'mount --rbind / /old && exec chroot /old sh -c \'cd "$HOME" && exec "$@"\' sh "$@"'
+
+# System calls by number, for each machine (its number in <linux/audit.h>). HIDDEN ones keep memory
+# where `watch` cannot count it: add_key, io_uring_setup, memfd_create, memfd_secret, mq_open,
+# msgget, semget, sendmmsg, sendmsg (a file on its way), shmget, socket, unshare (a thread's own
+# table of files). FORK: fork, vfork and clone3, whose ENOSYS makes the C library call clone.
+MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+HIDDEN = {"x86_64": (248, 425, 319, 447, 240, 68, 64, 307, 46, 29, 41, 272),
+          "aarch64": (217, 425, 279, 447, 180, 186, 190, 269, 211, 194, 198, 97)}
+FORK = {"x86_64": (57, 58, 435), "aarch64": (435,)}
+CLONE, THREAD = {"x86_64": 56, "aarch64": 220}, 0x10400     # CLONE_THREAD | CLONE_FILES
+# Takes the filter (prctl's PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP) and becomes the command. Without
+# ctypes, or on a kernel without seccomp, the command runs without the filter.
+LAUNCH = """
+import os, struct, sys
+try:
+    import ctypes
+    code = ctypes.create_string_buffer(bytes.fromhex(sys.argv[1]))
+    prctl = ctypes.CDLL(None).prctl
+    prctl.argtypes = 5 * [ctypes.c_ulong]
+    listed = struct.pack("HP", len(code) // 8, ctypes.addressof(code))
+    listed = ctypes.create_string_buffer(listed)
+    prctl(38, 1, 0, 0, 0), prctl(22, 2, ctypes.addressof(listed), 0, 0)
+except (ImportError, OSError, AttributeError):
+    pass
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 # Tries again while processes that were killed with us still write.
 CLEAN = ('read line; for i in 1 2 3 4 5 6 7 8 9; do '
@@ -79,12 +114,13 @@ def scratch(name: str):
 
 
 def run_sandboxed(command: list, files: dict, box: Box, seconds=10.0, memory_mb=1024,
-                  address_mb=12288) -> tuple[str, str]:
+                  address_mb=12288, cancel: threading.Event | None = None) -> tuple[str, str]:
     """Runs `command` in a fresh folder with `files`. ("", a limit or "exit status N"; output).
 
-    It has PID, mount, network and IPC namespaces of its own, reads the toolchain's folders and
-    nothing else, has no capability and, under root, a user id of its own. Resident memory is
-    bounded for all its processes together.
+    It has PID, mount, network and IPC namespaces of its own, reads the toolchain's and Python's
+    folders and nothing else, has no capability and, under root, a user id of its own. Memory,
+    resident or in files without a name, is bounded for all its processes together, and so is the
+    output, all of which is returned. `cancel` set from another thread ends it ("stopped").
     """
     with scratch("sandbox") as base, tempfile.TemporaryFile() as output:
         folder = base / "work"
@@ -98,21 +134,50 @@ def run_sandboxed(command: list, files: dict, box: Box, seconds=10.0, memory_mb=
             (folder / name).write_text(text, encoding="utf-8", errors="replace")
         for path in (folder, *folder.iterdir()) if uid else ():
             os.chown(path, uid, uid)
-        argv = isolate(base, box) + restrict(uid, box, seconds, address_mb) + command
+        argv = isolate(base, box) + restrict(uid, box, seconds, address_mb) + guard() + command
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                                    cwd=folder, env=env, start_new_session=True)
         try:
-            why = watch(process, output, folder, seconds, memory_mb)
+            why = watch(process, output, folder, seconds, memory_mb, cancel or threading.Event())
         finally:
             stop(process)
-        output.seek(max(0, output.seek(0, os.SEEK_END) - 10000))
-        text = output.read().decode(errors="replace")
+        output.seek(0)
+        text = output.read(OUTPUT_MB << 20).decode(errors="replace")
     return why or (f"exit status {process.returncode}" if process.returncode else ""), text
+
+
+def python_folders() -> set | None:
+    """What a program must be shown to run this Python; None where the home folder is in it."""
+    folders = {p for p in (sys.prefix, sys.base_prefix) if not f"{p}/".startswith("/usr/")}
+    return None if any(Path.home().is_relative_to(p) for p in folders) else folders
+
+
+def guard(fork: bool = True) -> list:
+    """What stands in front of a command to have the system calls refused that could hide memory;
+    without `fork` also those that start a process (threads stay). Nothing on other machines."""
+    machine = platform.machine()
+    if machine not in MACHINES or sys.maxsize < 2**32 or python_folders() is None:
+        return []
+
+    def step(code, value, yes=0, no=0):
+        return struct.pack("HBBI", code, yes, no, value)
+    load, equal, least, both, end = 0x20, 0x15, 0x35, 0x54, 0x06
+    allow, refuse = step(end, 0x7FFF0000), step(end, 0x00050000 | 38)       # 38: ENOSYS
+    code = step(load, 4) + step(equal, MACHINES[machine], 1) + refuse
+    code += step(load, 0) + step(least, 0x40000000, 0, 1) + refuse          # x86's other table
+    for number in HIDDEN[machine] + (() if fork else FORK[machine]):
+        code += step(equal, number, 0, 1) + refuse
+    if not fork:
+        code += step(equal, CLONE[machine], 0, 4) + step(load, 16)          # its first argument
+        code += step(both, THREAD) + step(equal, THREAD, 1) + refuse
+    python = os.path.realpath(sys.executable)
+    return [python, "-I", "-S", "-c", LAUNCH, (code + allow).hex()]
 
 
 def isolate(base: Path, box: Box) -> list:
     """What stands in front of a program to give it namespaces and a file tree of its own."""
-    folder, shown = str(base / "work"), [p for p in SYSTEM if os.path.lexists(p)] + list(box.shown)
+    folder, shown = str(base / "work"), [p for p in SYSTEM if os.path.lexists(p)]
+    shown = list(dict.fromkeys([*shown, *box.shown, *(python_folders() or ())]))
     if box.kind == "unshare":
         user = [] if os.getuid() == 0 else ["--map-root-user"]
         return ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--net", "--ipc",
@@ -149,21 +214,26 @@ def restrict(uid: int | None, box: Box, seconds: float, address_mb: int) -> list
     return argv
 
 
-def watch(process, output, folder: Path, seconds: float, memory_mb: int) -> str:
+def watch(process, output, folder: Path, seconds: float, memory_mb: int, cancel) -> str:
     """Waits for the program's end ("") or for it to go over a limit (which)."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
+    start = time.monotonic()
+    while time.monotonic() < start + seconds:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.05)
+        if os.fstat(output.fileno()).st_size > OUTPUT_MB << 20:     # also where it has ended
+            return "output"
+        if process.returncode is not None:
             return ""
-        except subprocess.TimeoutExpired:
-            resident = tree(process.pid)
-        if sum(resident.values()) > memory_mb << 20:
+        if cancel.is_set():
+            return "stopped"
+        resident = tree(process.pid)
+        held = unnamed(resident.keys() - {process.pid})
+        if math.isinf(held) and time.monotonic() < start + 1:       # bwrap, before its command
+            held = 0
+        if sum(resident.values()) + held > memory_mb << 20:
             return "memory"
         if len(resident) > PROCESSES + 4:
             return "processes"
-        if os.fstat(output.fileno()).st_size > OUTPUT_MB << 20:
-            return "output"
         if disk_use(folder) > FILE_MB << 22:
             return "files"
     return "time"
@@ -201,6 +271,46 @@ def disk_use(folder) -> float:
         except OSError:
             return math.inf
     return total
+
+
+def unnamed(processes) -> float:
+    """Bytes of the files without a name (memfd, deleted, shared memory) that these processes have
+    open or mapped, and the most that their sockets can hold: `tree` and `disk_use` count neither.
+    What cannot be looked into counts as too much."""
+    sizes = {}
+    for pid in processes:
+        try:
+            maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
+            for key, size in [*opened(os.listdir(f"/proc/{pid}/fd"), pid), *mapped(maps)]:
+                sizes[key] = max(size, sizes.get(key, 0))
+        except PermissionError:
+            return math.inf
+        except OSError:                     # it ended in between
+            continue
+    return sum(sizes.values())
+
+
+def opened(descriptors: list[str], pid: int):
+    """((device, inode), bytes) of a process's open files without a name, and of its sockets."""
+    for number in descriptors:
+        with contextlib.suppress(FileNotFoundError):            # closed in between
+            found = os.stat(f"/proc/{pid}/fd/{number}")
+            if stat.S_ISSOCK(found.st_mode):
+                yield (found.st_dev, found.st_ino), 1 << 19
+            elif not found.st_nlink:
+                yield (found.st_dev, found.st_ino), 512 * found.st_blocks
+
+
+def mapped(maps: str):
+    """((device, inode), bytes mapped) of the files without a name in a process's memory map."""
+    sizes = Counter()
+    for line in maps.split("\n"):
+        if line.endswith(" (deleted)"):
+            extent, _, _, device, inode, *_ = line.split()
+            first, last = (int(number, 16) for number in extent.split("-"))
+            major, minor = (int(number, 16) for number in device.split(":"))
+            sizes[os.makedev(major, minor), int(inode)] += last - first
+    return sizes.items()
 
 
 def stop(process):
