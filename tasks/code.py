@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from data import accuracy, find_file, read_rows, texts_of
+from data import Row, accuracy, find_file, read_rows, texts_of
 from model import LM, UserError, generate, parse_json, read_bytes, write_file
 from tasks.sandbox import (SYSTEM_PATH, Box, guard, make_box, python_folders, run_sandboxed,
                            scratch)
@@ -207,6 +207,18 @@ ALONE = ("set -- /proc/[0-9]*; n=$#; {}; s=$?; set -- /proc/[0-9]*; "
 ENDS = {"exit status 99": "not compiled", "exit status 98": "left a process behind",
         "exit status 137": "killed or out of time"}
 WITHOUT_NUMPY = "needs numpy, which is not installed here"
+
+
+def read_training(data_dir) -> list[Row]:
+    """Rosetta's rows. One label a programming language: the paper's nine, after `X86-64 Assembly`
+    is left out."""
+    path = find_file(data_dir, "rosetta/rosetta_alpaca.json")
+    triples = texts_of(read_rows(path), path, ("instruction", "input", "output"))
+    rows = [Row(*t, label=t[1]) for t in triples if t[1] != "X86-64 Assembly"]
+    if left := len(triples) - len(rows):
+        print(f"note: {path.name}: {left} rows in X86-64 Assembly left out, as in the authors' "
+              f"code", file=sys.stderr)
+    return rows
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -501,12 +513,12 @@ def sample_code(lm: LM, tokenizer, cfg, progress: str) -> list[dict]:
     problems of a language. Temperature 0.1 for several samples is the authors' code's."""
     problems = []
     for lang in LANGS.values():
-        problems += list(read_problems(cfg.data_dir, lang).values())[:cfg.limit or None]
+        problems += list(read_problems(cfg.data_dir, lang).values())[:cfg.eval_limit or None]
     ids = [[tokenizer.bos] + tokenizer.encode(row["prompt"])
            for row in problems for _ in range(cfg.samples)]
     heat = (0.0 if cfg.samples == 1 else 0.1) if cfg.temperature is None else cfg.temperature
     rng = torch.Generator(lm.tok_embeddings.weight.device).manual_seed(cfg.seed)
-    texts = generate(lm, ids, cfg.max_new_tokens or 512, tokenizer.ends, cfg.batch_size, heat,
+    texts = generate(lm, ids, cfg.max_new_tokens or 512, tokenizer.ends, cfg.eval_batch, heat,
                      cfg.top_k, cfg.top_p, rng, progress=progress)
     # Decoded behind its prompt, a text keeps the spaces that it begins with.
     return [{"task_id": problems[i // cfg.samples]["task_id"],

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Example, collate, prompt_of, read_rows, texts_of
+from data import Example, Row, collate, find_file, prompt_of, read_rows, texts_of
 from model import LM, UserError, clean_text, generate, parse_json, read_bytes
 
 WINDOW = 4096           # LLaMA 2's: worked examples that do not fit are left out, as in HELM
@@ -34,6 +34,13 @@ LETTERS = list("ABCD")
 
 
 # ---- questions ----------------------------------------------------------------------------------
+
+def read_training(data_dir) -> list[Row]:
+    """Dolly's rows; the label is the category."""
+    path = find_file(data_dir, "dolly/databricks-dolly-15k.jsonl")
+    names = ("instruction", "context", "response", "category")
+    return [Row(*t) for t in texts_of(read_rows(path), path, names)]
+
 
 class Question(NamedTuple):
     ask: str
@@ -356,7 +363,7 @@ def choose_options(lm: LM, tokenizer, name: str, questions, cfg, progress: str) 
         prompts = [ids for q in questions for ids in 4 * [question_ids(q, [], cfg, 0, tokenizer)]]
         pairs = [Example(prompt + option, len(prompt))
                  for prompt, option in zip(prompts, options, strict=True)]
-        return log_likelihoods(lm, pairs, cfg.batch_size or 64, progress)
+        return log_likelihoods(lm, pairs, cfg.eval_batch or 64, progress)
     scores = likelihoods(questions)
     if name == "hellaswag":
         scores = scores / torch.tensor([len(option) for option in options])
@@ -371,7 +378,7 @@ def answers_to(lm: LM, tokenizer, name: str, questions, shown: dict, cfg, progre
         return choose_options(lm, tokenizer, name, questions, cfg, progress)
     new_tokens = cfg.max_new_tokens or SCENARIOS[name].new_tokens
     ids = [question_ids(q, shown[q.subject], cfg, new_tokens, tokenizer) for q in questions]
-    found = generate(lm, ids, new_tokens, tokenizer.ends, cfg.batch_size,
+    found = generate(lm, ids, new_tokens, tokenizer.ends, cfg.eval_batch,
                      stop=tokenizer.encode("\n")[-1] if cfg.shots else None, progress=progress)
     return [tokenizer.decode(text) for text in found]
 
@@ -397,7 +404,7 @@ def score(lm: LM, tokenizer, cfg, progress: str) -> dict:
         shown = worked_examples(name, questions, cfg)
         held_out = {id(example) for examples in shown.values() for example in examples}
         left = [q for q in questions if id(q) not in held_out]
-        left = evenly(left, min(cfg.limit or len(left), len(left)))
+        left = evenly(left, min(cfg.eval_limit or len(left), len(left)))
         title = f"{progress} {name}"
         answers = answers_to(lm, tokenizer, name, left, shown, cfg, title) if left else []
         results[name] = scored(name, left, answers)
