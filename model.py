@@ -46,12 +46,11 @@ def room(name: str):
 def expecting(what: str, where):
     """Whatever goes wrong in the block becomes one line about the user's file `where`."""
     try:
-        return (yield)
-    except OSError as error:
-        text = error.strerror or str(error)
+        yield
     except Exception as error:  # a damaged file raises nearly anything
         text = str(error) if isinstance(error, ValueError) else repr(error)
-    raise UserError(f"{where}: expected {what}, found: {text:.300}")
+        text = getattr(error, "strerror", None) or text         # an OSError's, without its path
+        raise UserError(f"{where}: expected {what}, found: {text:.300}") from None
 
 
 def open_file(path):

@@ -376,9 +376,9 @@ def test_params_that_are_not_a_plain_llamas_are_refused_by_name():
 # ---- the tokenizer ------------------------------------------------------------------------------
 
 def pieces(**changes) -> bytes:
-    """A sentencepiece model of 97 pieces, trained on nine words."""
-    words, rng = "one two three apples and pears for the box".split(), np.random.default_rng(0)
-    blob = io.BytesIO()
+    """A sentencepiece model of 97 pieces, trained on a few words."""
+    words = "one two three apples and pears are in the box that Tom has bought for his mother today"
+    words, rng, blob = words.split(), np.random.default_rng(0), io.BytesIO()
     lines = [" ".join(rng.choice(words, 8)) for _ in range(200)]
     options = {"vocab_size": 97, "model_type": "bpe", "hard_vocab_limit": False, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=blob,
