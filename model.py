@@ -48,7 +48,8 @@ def expecting(what: str, where):
     try:
         yield
     except Exception as error:  # a damaged file raises nearly anything
-        text = str(error) if isinstance(error, (ValueError, OSError)) else repr(error)
+        text = str(error) if isinstance(error, ValueError) else repr(error)
+        text = getattr(error, "strerror", None) or text         # an OSError's, without its path
         raise UserError(f"{where}: expected {what}, found: {text:.300}") from None
 
 
@@ -113,8 +114,8 @@ def replacing(path: Path):
         os.fsync(folder)
         os.close(folder)
     except (OSError, RuntimeError) as error:                    # RuntimeError: torch.save's
-        raise UserError(f"{path}: cannot be written ({error}); what was there before is "
-                        f"unchanged") from None
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', '') or error}); "
+                        f"what was there before is unchanged") from None
 
 
 def write_file(path, fill):
@@ -179,7 +180,7 @@ class ModelConfig:
             most = {"n_layers": 2**10, "rope_theta": 1e18}.get(name, 2**22)
             known = name == "tied" or (name, value) == ("vocab_size", -1)
             if type(value) not in kinds.get(name, [int]) or not (known or 0 < value <= most):
-                raise UserError(f"{name} {value!r:.80}, not a number in 1..{most}")
+                raise UserError(f"{name} {value!r:.80}; a number above 0, up to {most}, was needed")
         if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
             raise UserError(f"dim {self.dim}, not a multiple of 2 x n_heads {self.n_heads}, or "
                             f"n_heads not one of n_kv_heads {self.n_kv_heads}")

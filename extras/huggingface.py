@@ -309,7 +309,7 @@ def facts(path: Path) -> dict:
 
 
 def special_tokens(tokenizer) -> dict:
-    """tokenizer_config.json of a source that has none: Meta's."""
+    """What tokenizer_config.json says where the source does not say it, as Meta's."""
     piece = tokenizer.pieces.id_to_piece
     return {"tokenizer_class": "LlamaTokenizer", "bos_token": piece(tokenizer.bos),
             "eos_token": piece(tokenizer.eos), "unk_token": piece(tokenizer.pieces.unk_id()),
@@ -329,8 +329,9 @@ def write_hf(folder: Path, state: dict[str, Tensor], config: ModelConfig, source
     theirs.pop("dtype", None)                                   # transformers 5's name of the next
     write_json(folder / "config.json", theirs | {"torch_dtype": dtype})
     write_json(folder / "generation_config.json", facts(source / "generation_config.json") | ids)
-    if not os.path.isfile(source / "tokenizer_config.json"):
-        write_json(folder / "tokenizer_config.json", special_tokens(tokenizer))
+    if not os.path.isfile(source / "tokenizer.json"):           # which knows all of it itself
+        about = special_tokens(tokenizer) | facts(source / "tokenizer_config.json")
+        write_json(folder / "tokenizer_config.json", about)
     own = {name: t for name, t in state.items() if name != "output.weight" or not config.tied}
     write_safetensors(folder / "model.safetensors", to_hf(own, config))
 
@@ -363,7 +364,7 @@ def export(lm, folder: Path, form: str, source):
     def fill(part: Path):
         (write_hf if form == "hf" else write_meta)(part, state, config, source)
         for name in KEPT if form == "hf" else ("tokenizer.model",):
-            if os.path.isfile(source / name):
+            if os.path.isfile(source / name) and not os.path.exists(part / name):
                 write_file(part / name, lambda file: file.write(read_bytes(source / name)))
     write_folder(folder, fill)
     print(f"{folder}: written as {form}", file=sys.stderr)
