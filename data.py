@@ -12,7 +12,6 @@ import io
 import random
 import re
 import sys
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import UserError, clean_text, parse_json, read_bytes, room
+from model import UserError, clean_text, expecting, parse_json, read_bytes, room
 
 # ---- files --------------------------------------------------------------------------------------
 
@@ -38,13 +37,13 @@ def find_file(data_dir, name: str) -> Path:
 
 def read_rows(path: Path) -> list[dict]:
     """The objects of a .jsonl or .json (an array) file, packed by gzip or not; at least one."""
-    blob, name = read_bytes(path, LARGEST), path.name
-    if name.endswith(".gz"):
-        blob, name = unpacked(path, blob), name.removesuffix(".gz")
-    try:
+    blob, name = read_bytes(path), path.name.removesuffix(".gz")
+    with expecting("UTF-8 text, packed by gzip where it ends in .gz", path):
+        if path.suffix == ".gz":
+            blob = gzip.GzipFile(fileobj=io.BytesIO(blob)).read(LARGEST + 1)
+        if len(blob) > LARGEST:
+            raise ValueError(f"more than {LARGEST:,} bytes once unpacked")
         text = blob.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8 text ({error})") from None
     if name.endswith(".json"):
         rows = parse_json(text, path)
         rows = rows.get("data", rows) if isinstance(rows, dict) else rows   # SQuAD's form, QuAC's
@@ -59,16 +58,6 @@ def read_rows(path: Path) -> list[dict]:
     if not rows:
         raise UserError(f"{path}: the file has no rows; expected at least one")
     return rows
-
-
-def unpacked(path: Path, blob: bytes) -> bytes:
-    try:
-        content = gzip.GzipFile(fileobj=io.BytesIO(blob)).read(LARGEST + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be unpacked ({error}); download it again") from None
-    if len(content) > LARGEST:
-        raise UserError(f"{path}: expected at most {LARGEST:,} bytes once unpacked, it has more")
-    return content
 
 
 def texts_of(rows: list[dict], path, names: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -161,38 +150,21 @@ def make_examples(rows: list[Row], tokenizer, max_len: int, what: str) -> list[E
 
 def digest_of(examples: list[Example]) -> str:
     """A fingerprint of training data: what a resumed run must find again."""
-    content = hashlib.sha256()
-    for example in examples:
-        content.update(np.array([example.answer, *example.ids], np.int32).tobytes())
-    return content.hexdigest()
+    flat = np.concatenate([np.array([e.answer, *e.ids], np.int32) for e in examples])
+    return hashlib.sha256(flat.tobytes()).hexdigest()
 
 
 def partition(labels: list[str], clients: int, seed: int) -> list[list[int]]:
     """Index lists, one a client, every row in exactly one. Rows without labels: i.i.d., sizes
-    differing by at most one. Labels: one a client; more labels than clients share (the smallest
-    join up), fewer are split (the largest first)."""
-    if clients < 1 or clients > len(labels):
+    differing by at most one."""
+    if clients > len(labels):
         raise UserError(f"--clients {clients}: there are {len(labels)} training examples, so "
                         f"choose 1..{len(labels)}")
     order = list(range(len(labels)))
     random.Random(seed).shuffle(order)
-    groups: dict[str, list[int]] = {}
-    for i in order:
-        groups.setdefault(labels[i], []).append(i)
-    if len(groups) == 1:
-        return [chunk.tolist() for chunk in np.array_split(order, clients)]
-    parts = sorted(groups.values(), key=len, reverse=True)
-    if len(parts) > clients:
-        print(f"note: {len(parts)} labels for {clients} clients: the smallest share a client; no "
-              f"row is left out", file=sys.stderr)
-    while len(parts) > clients:
-        parts[-2:] = [parts[-2] + parts[-1]]
-        parts.sort(key=len, reverse=True)
-    while len(parts) < clients:
-        largest = parts.pop(0)
-        parts += [largest[::2], largest[1::2]]
-        parts.sort(key=len, reverse=True)
-    return parts
+    if len(set(labels)) > 1:                                # Rosetta's languages, Dolly's categories
+        return room("tasks.partition").by_label(labels, order, clients)
+    return [chunk.tolist() for chunk in np.array_split(order, clients)]
 
 
 # ---- batches ------------------------------------------------------------------------------------

@@ -51,19 +51,21 @@ class Config:
     """What the algorithm needs to know. train.py adds its own and makes flags of it."""
     dropout: Fraction = option(Fraction("0.2"), "share of layers below the adapter to drop (beta)")
     adapter: int = option(2, "layers of the adapter (s)")
-    rounds: int = option(500, "communication rounds (R)")
+    rounds: int = option(500, "communication rounds (R); bundled model 5", least=1)
     local_steps: int = option(30, "steps of a client in a round (K)", least=1)
     batch_size: int = option(10, "examples a step, clients and server", least=1)
     align_init: int = option(500, "alignment steps before the first round")
     align_steps: int = option(10, "alignment steps between rounds (E)")
     # DIFFERS: section 3.1 and Eq. 5 tune all weights of E before round 1, section 4.1 and the
     # authors' code its LoRA alone. Both readings are here.
-    align_init_on: str = option("lora", "steps before round 1 tune E's weights (Eq. 5) or its lora",
-                                choices=("weights", "lora"))
+    align_init_on: str = option(
+        "lora", "steps before round 1 tune E's weights (Eq. 5; 16 bytes a parameter of E) or its "
+        "lora; bundled model weights", choices=("weights", "lora"))
     # PAPER SILENT: the learning rate of the alignment, its warm-up and its decay.
     align_init_lr: float = option(1e-3, "peak learning rate of --align-init-on weights")
-    server_lr: float = option(1e-4, "learning rate of the alignment of E's LoRA")
-    lr: float = option(1e-4, "learning rate of the clients (eta); the paper searches 1e-5..1e-4")
+    server_lr: float = option(1e-4, "learning rate of E's LoRA; bundled model 2e-3")
+    # PAPER SILENT: which of 1e-5..1e-4, where the paper searches, it found.
+    lr: float = option(1e-4, "learning rate of the clients (eta); bundled model 3e-3")
     # PAPER SILENT: lambda and epsilon come from a grid search whose result is not given.
     kl_weight: float = option(1.0, "weight of the KL in the alignment (lambda)")
     prox: float = option(0.01, "weight of the clients' pull to what was broadcast (epsilon)")
@@ -505,9 +507,8 @@ def payload_bytes(payload: Payload) -> int:
 
 
 class Exchange(NamedTuple):
-    """What a round brought: (upload, metrics) by client, and the bytes of every payload."""
-    results: dict[int, tuple[Payload, dict]]
-    down: list[int]
+    results: dict[int, tuple[Payload, dict]]    # (upload, metrics) by client
+    down: list[int]                             # bytes of every payload
     up: list[int]
 
 

@@ -23,7 +23,7 @@ from statistics import fmean
 import torch
 
 from data import TASKS, digest_of, make_public, make_shards
-from eval import (BUNDLED_CKPT, BUNDLED_DATA, EvalConfig, Parser, checked, evaluate, flag,
+from eval import (BUNDLED, BUNDLED_CKPT, BUNDLED_DATA, EvalConfig, Parser, checked, evaluate, flag,
                   main_guard, pick_device, pick_dtype, restore, scorer_of)
 from fedbiot import Config, Wire, federate, option, payload_bytes
 from model import (ModelConfig, UserError, fingerprint, load_tokenizer, load_weights, read_json,
@@ -34,11 +34,6 @@ METHODS = {"fedbiot": "fedbiot", "offsite": "baselines.offsite", "fedot": "basel
            "fedkseed-pro": "baselines.fedkseed", "fedtt": "baselines.fedtt",
            "fedtt+": "baselines.fedtt", "fedpt": "baselines.fedpt"}
 
-# What a real model is run with, and what the bundled one is (tiny/README.md says how it was found).
-PAPER = {"rounds": 500, "lr": 1e-4, "server_lr": 1e-4, "align_init_on": "lora", "shots": 8,
-         "samples": 20}
-BUNDLED = {"rounds": 5, "lr": 3e-3, "server_lr": 2e-3, "align_init_on": "weights", "shots": 0,
-           "samples": 1, "max_len": 256}
 PRESETS = {"paper": {}, "official-code": {"align_tokens": "all", "prox": 0.0, "align_renew": True,
                                           "uniform_weights": True}}
 
@@ -51,16 +46,9 @@ class RunConfig(Config, EvalConfig):
     task: str = option("gsm8k", "what the clients' data teaches", choices=tuple(TASKS))
     method: str = option("fedbiot", "federated method", choices=tuple(METHODS))
     preset: str = option("paper", "the paper's settings, or its authors'", choices=tuple(PRESETS))
-    rounds: int | None = option(None, "communication rounds; bundled model 5, else 500", least=1)
-    # PAPER SILENT: the rates of the bundled model were found on held-out rows (benchmarks/).
-    lr: float | None = option(None, "clients' learning rate (eta); bundled model 3e-3, else 1e-4")
-    server_lr: float | None = option(None, "of E's LoRA; bundled model 2e-3, else 1e-4")
-    align_init_on: str | None = option(
-        None, "steps before round 1 tune E's weights (Eq. 5; 16 bytes a parameter of E) or its "
-        "lora; bundled model weights, else lora", choices=("weights", "lora"))
-    clients: int | None = option(None, "default the task's: gsm8k 3, rosetta 9, dolly 8", least=1)
+    clients: int = option(3, "clients; of rosetta 9, of dolly 8", least=1)
     own_data: bool = option(False, "torchrun: every client rank has its own --data-dir")
-    max_len: int | None = option(None, "longest training sequence; default the task's", least=2)
+    max_len: int = option(512, "longest training sequence; of other tasks 1024", least=2)
     strip_annotations: bool = option(False, "take GSM8K's <<48/2=24>> out of the training answers")
     eval_every: int = option(0, "rounds between evaluations (0: only at the end)")
     out: str | None = option(None, "run folder; default runs/<task>-<method>-…")
@@ -100,7 +88,7 @@ def resolve(given: dict) -> RunConfig:
     method, world = given.get("method", "fedbiot"), int(os.environ.get("WORLD_SIZE", 1))
     values = {"ckpt": str(BUNDLED_CKPT), "data_dir": str(BUNDLED_DATA), "max_len": task.max_len}
     values |= {"clients": world - 1 if given.get("own_data") else task.clients}
-    values |= (BUNDLED if bundled else PAPER) | method_of(method).Server.defaults(method, bundled)
+    values |= (BUNDLED if bundled else {}) | method_of(method).Server.defaults(method, bundled)
     values |= PRESETS[given.get("preset", "paper")] | given
     cores = len(os.sched_getaffinity(0))
     values["threads"] = values.get("threads") or max(cores // local_processes(), 1)
