@@ -162,7 +162,7 @@ def partition(labels: list[str], clients: int, seed: int) -> list[list[int]]:
                         f"choose 1..{len(labels)}")
     order = list(range(len(labels)))
     random.Random(seed).shuffle(order)
-    if len(set(labels)) > 1:                                # Rosetta's languages, Dolly's categories
+    if len(set(labels)) > 1:                            # Rosetta's languages, Dolly's categories
         return room("tasks.partition").by_label(labels, order, clients)
     return [chunk.tolist() for chunk in np.array_split(order, clients)]
 

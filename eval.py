@@ -1,8 +1,8 @@
 """Evaluation of a finished run, a checkpoint, or a file of predictions.
 
-In order: flags (a dataclass's fields are a command line's flags, checked in one place, for train.py
-too); the machine; GSM8K; evaluate (any task: HumanEval-X and question answering stand in tasks/);
-a finished run's models; the command line. FedBiOT section 4.1, Appendix A.
+In order: flags (a dataclass's fields are flags, checked in one place, for train.py too); the
+machine; GSM8K; evaluate (any task: the others stand in tasks/); a finished run's models; the
+command line. FedBiOT section 4.1, Appendix A.
 
     python eval.py --run runs/gsm8k-fedbiot-b0.2-s2-seed0 --model adapfu
     python eval.py --ckpt llama-2-7b --data-dir data --task dolly --limit 200
@@ -28,8 +28,7 @@ from model import LM, UserError, clean_text, expecting, generate, load, read_sav
 
 HERE = Path(__file__).resolve().parent
 BUNDLED_CKPT, BUNDLED_DATA = HERE / "tiny" / "llama", HERE / "tiny" / "data"
-# The bundled model's settings where the paper's are for a real one; its rates were found on held-out
-# rows (benchmarks/RESULTS.md).
+# The bundled model's settings; its rates were found on held-out rows (benchmarks/RESULTS.md).
 BUNDLED = {"rounds": 5, "lr": 3e-3, "server_lr": 2e-3, "align_init_on": "weights", "shots": 0,
            "samples": 1, "max_len": 256}
 
@@ -39,10 +38,9 @@ class Parser(argparse.ArgumentParser):
     """One flag a field; a flag that was not given is absent from the result."""
 
     def __init__(self, description: str, *configs: type, **extra):
-        def lines(prog):
-            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=100)
-        super().__init__(description=description, formatter_class=lines, allow_abbrev=False,
-                         argument_default=argparse.SUPPRESS, **extra)
+        super().__init__(description=description, allow_abbrev=False, **extra,
+                         argument_default=argparse.SUPPRESS,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
         for f in (f for config in configs for f in fields(config)):
             choices, kind = f.metadata.get("choices"), kind_of(f)
             how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
@@ -119,8 +117,7 @@ class EvalConfig:
     validate: int = option(0, "GSM8K: score the last N training rows, which are not trained on")
     seed: int = option(0, "seed of everything")
     device: str = option("auto", "cpu, cuda, cuda:1, …; auto: a GPU where there is one")
-    dtype: str = option("auto", "of the frozen weights; auto is bf16 on CUDA, else fp32",
-                        choices=("auto", "fp32", "bf16", "fp16"))
+    dtype: str = option("auto", "of frozen weights", choices=("auto", "fp32", "bf16", "fp16"))
     threads: int = option(0, "CPU threads of every process (0: cores / processes)", most=4096)
 
 
@@ -129,7 +126,8 @@ class EvalConfig:
 def pick_device(name: str) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     with expecting("a device that PyTorch can use here, such as cpu or auto", f"--device {name}"):
-        return torch.empty(1, device=name).device
+        torch.empty(1, device=name)
+        return torch.device(name)
 
 
 def pick_dtype(name: str, device) -> torch.dtype:
@@ -224,11 +222,6 @@ def scorer_of(task: str):
     return room(TASKS[task].module)
 
 
-def evaluate(lm: LM, tokenizer, cfg: EvalConfig, progress: str = "evaluate") -> dict:
-    """{"correct", "total", "accuracy", …} of a model on the test set of cfg.task."""
-    return scorer_of(cfg.task).score(lm, tokenizer, cfg, progress)
-
-
 def restore(server, state: dict, folder: Path):
     """What `folder` holds of a run is put into its server; its emulator's own weights too."""
     if server.emulator:
@@ -290,9 +283,8 @@ def main(argv=None) -> int:
     args = checked(Command, given)
     if args.run and args.ckpt:
         raise UserError("--run and --ckpt: a run knows its checkpoint; give one of the two")
-    if not any(given.get(name) for name in ("task", "run", "prompt", "export", "predictions")):
-        raise UserError(f"--task: expected one of {', '.join(TASKS)} (or --prompt, --run, "
-                        f"--predictions)")
+    if not given.keys() & {"task", "run", "prompt", "export", "predictions"}:
+        raise UserError(f"--task: expected one of {', '.join(TASKS)} (or --prompt, --run, …)")
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     device = pick_device(args.device)
     dtype = None if args.export and args.dtype == "auto" else pick_dtype(args.dtype, device)
@@ -318,7 +310,7 @@ def main(argv=None) -> int:
             result = scorer.score_predictions(args)
         else:
             scorer.prepare(args)
-            result = evaluate(lm, tokenizer, args, args.task)
+            result = scorer.score(lm, tokenizer, args, args.task)
         print(json.dumps(result)) if args.json else scorer.report(result)
     return 0
 

@@ -17,11 +17,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from statistics import fmean, median_low
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,11 +40,6 @@ def option(default, text, **extra):
 
 
 @dataclass(frozen=True)
-class NoFlags:
-    """The own flags of a method that has none."""
-
-
-@dataclass(frozen=True)
 class Config:
     """What the algorithm needs to know. train.py adds its own and makes flags of it."""
     dropout: Fraction = option(Fraction("0.2"), "share of layers below the adapter to drop (beta)")
@@ -58,9 +51,8 @@ class Config:
     align_steps: int = option(10, "alignment steps between rounds (E)")
     # DIFFERS: section 3.1 and Eq. 5 tune all weights of E before round 1, section 4.1 and the
     # authors' code its LoRA alone. Both readings are here.
-    align_init_on: str = option(
-        "lora", "steps before round 1 tune E's weights (Eq. 5; 16 bytes a parameter of E) or its "
-        "lora; bundled model weights", choices=("weights", "lora"))
+    align_init_on: str = option("lora", "what they tune; Eq. 5 on weights needs 16 bytes for each "
+                                "of E; bundled model weights", choices=("weights", "lora"))
     # PAPER SILENT: the learning rate of the alignment, its warm-up and its decay.
     align_init_lr: float = option(1e-3, "peak learning rate of --align-init-on weights")
     server_lr: float = option(1e-4, "learning rate of E's LoRA; bundled model 2e-3")
@@ -72,10 +64,8 @@ class Config:
     rank: int = option(8, "LoRA rank", least=1)
     alpha: float = option(16.0, "LoRA alpha")
     clients_per_round: int = option(0, "clients that take part in a round (0: all)")
-    align_norm: str = option("rms", "divide the L2 by the teacher's mean square, or not",
-                             choices=("rms", "none"))
-    align_tokens: str = option("answer", "tokens to align on: the answer's, or all, padding too",
-                               choices=("answer", "all"))
+    align_norm: str = option("rms", "what the L2 is divided by", choices=("rms", "none"))
+    align_tokens: str = option("answer", "tokens to align on", choices=("answer", "all"))
     align_renew: bool = option(False, "a new alignment optimizer every round (authors' code)")
     max_update_norm: float = option(10.0, "reject uploads this many times the median (0: none)")
     client_timeout: float = option(0.0, "torchrun: seconds of work until a client is left out")
@@ -93,12 +83,10 @@ def layer_extract(n: int, s: int, beta: Fraction) -> tuple[list[int], list[int]]
     """
     if not 1 <= s < n:
         raise UserError(f"--adapter {s}: the model has {n} layers, so choose 1..{n - 1}")
-    if not 0 <= beta < 1:
-        raise UserError(f"--dropout {float(beta):g}: expected a share in [0, 1), for example 0.2")
     kept = int((1 - Fraction(beta)) * (n - s))                          # floor: both are >= 0
-    if kept == 0:
-        raise UserError(f"--dropout {float(beta):g}: leaves no layer of the {n - s} below the "
-                        f"adapter; at most {float(1 - Fraction(1, n - s)):.4g} keeps one")
+    if not 1 <= kept <= n - s:
+        raise UserError(f"--dropout {float(beta):g}: leaves {kept} of the {n - s} layers below the "
+                        f"adapter; choose 0..{float(1 - Fraction(1, n - s)):.4g}")
     return spread(n - s, kept), list(range(n - s, n))
 
 
@@ -202,22 +190,17 @@ def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor)
     return FusedLoss.apply(h, W, weights, needs_grad, chunk_loss)
 
 
-def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor,
-              offset=None) -> Tensor:
+def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor) -> Tensor:
     """sum_i w_i * KL(softmax(W h_teacher_i) || softmax(W h_student_i)): a scalar, fp32. Eq. 4.
 
     h_* (N, D), W (V, D) frozen, weights (N,) fp32, 0 = ignored. Gradient for h_student only. The
     two logits' difference is W (h_s - h_t), so that bf16 rounds the *disagreement*: near agreement
-    the gradient of two separately rounded softmaxes is noise. `offset` (N, V), where there is one,
-    is added to the teacher's logits (FedPT's black box; not for FedBiOT).
+    the gradient of two separately rounded softmaxes is noise.
     """
     def chunk_loss(rows, w):
         total, h_t = 0.0, torch.where(w != 0, h_teacher[rows], 0)
         apart = torch.where(w != 0, h_student[rows], 0).float() - h_t.float()
         teacher, apart = project(h_t, W), project(apart.to(W.dtype), W)         # (n, V), logits
-        if offset is not None:
-            more = torch.where(w != 0, offset[rows], 0).float()
-            teacher, apart = teacher + more, apart - more                       # fp32
         for t, delta, w_t in slices(teacher, apart, w):
             each, gradient = kl_rows(t.float(), delta.float(), W.dtype == torch.float32)
             total = total + (w_t * each).sum()
@@ -252,7 +235,7 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> 1))
 
 
-def detached(tensors: Mapping[str, Tensor]) -> Payload:
+def detached(tensors: Payload) -> Payload:
     return {name: p.detach() for name, p in tensors.items()}
 
 
@@ -264,8 +247,7 @@ def weights_of(lm: LM) -> Payload:
 
 
 def lm_from(payload: Payload, device="cpu") -> LM:
-    """The model that `weights_of` described, around the payload's tensors: they are not copied.
-    What else a method has put into the payload is left to its client."""
+    """The model that `weights_of` described, around the payload's tensors: they are not copied."""
     config = ModelConfig(**json.loads(bytes(payload["config"].tolist())))
     with torch.device("meta"):
         lm = LM.empty(config, {int(n.split(".")[1]) for n in payload if n.startswith("layers.")})
@@ -276,13 +258,11 @@ class Server:
     """Owns the whole LLM and the public data; clients get the emulator and the adapter."""
 
     no_use = frozenset()                        # shared flags that mean nothing to the method
-    Flags = NoFlags                             # a dataclass: the method's own flags
+    Flags = Config                              # a dataclass: the method's own flags, if any
     period = 1                                  # rounds after which the sizes of payloads repeat
     emulator: Payload = {}                      # the weights that Eq. 5 trained, by name
 
-    # Values of shared flags that the method sets otherwise than train.py does.
-    defaults = staticmethod(lambda method, bundled: {})
-    # The emulator's and the adapter's layers of a model of n.
+    defaults = staticmethod(lambda method, bundled: {})     # its own values of shared flags
     split = staticmethod(lambda n, cfg: layer_extract(n, cfg.adapter, cfg.dropout))
 
     def __init__(self, full: LM, public, cfg):
@@ -317,16 +297,14 @@ class Server:
         return torch.optim.AdamW(self.emulated.values(), lr=self.cfg.server_lr, betas=(0.9, 0.95))
 
     def bootstrap(self) -> Payload:
-        """Once: the frozen tensors of E and A, embeddings, norm and head. No dropped layer, and
-        with --align-init-on weights none of the original's layers below the adapter (section 2.2).
-        """
+        """Once: frozen tensors of E and A, embeddings, norm, head. No dropped layer; after Eq. 5 no
+        layer of the original's below the adapter (section 2.2)."""
         if not self.aligned:
             self.align_weights(self.cfg.align_init)
         return weights_of(self.student)                                 # ABLATE: what is shipped
 
     def broadcast(self, t: int) -> Payload:
         """Lines 3-7: re-align E with E*, then send the LoRA of E and A.
-
         PAPER SILENT: Algorithm 2 aligns E steps in every round, the text 500 once and E between
         rounds; so: align_init before round 0, align_steps before the others, none after the last.
         """
@@ -413,11 +391,9 @@ class Server:
         return detached(self.tuned)
 
     def aggregate(self, t: int, uploads: list[Payload], weights: list[float]) -> dict[str, float]:
-        """Eq. 11, line 16: A <- sum_m p_m A_m, p_m = |D_m| / |D| over those who took part.
-
-        A and B are averaged apart; mean(B) mean(A) is not mean(B A).  ABLATE: aggregation
-        Returns what the server has measured since the last aggregation, for the log.
-        """
+        """Eq. 11, line 16: A <- sum_m p_m A_m, p_m = |D_m| / |D| over those who took part. A and B
+        are averaged apart; mean(B) mean(A) is not mean(B A).  ABLATE: aggregation
+        Returns what the server has measured since the last aggregation, for the log."""
         total = sum(weights)
         for name, p in self.tuned.items():
             p.copy_(sum(w / total * up[name].to(p.device) for up, w in zip(uploads, weights)))
@@ -459,10 +435,7 @@ class Client:
 
     def update(self, t: int, payload: Payload, examples, m: int) -> tuple[Payload, dict]:
         """Lines 8-15: K steps of AdamW on Eq. 6 over the LoRA of A; the upload, and F_m's mean.
-
-        Eq. 8: all starts from the broadcast. Eq. 9: nothing below the adapter needs a gradient, so
-        autograd keeps no activation of the emulator.
-        """
+        Nothing below the adapter needs a gradient, so autograd keeps no activation of E."""
         cfg, losses = self.cfg, []
         copy_into(self.received, payload)                                               # Eq. 8
         sent = {name: p.detach().clone() for name, p in self.tuned.items()}
@@ -493,11 +466,10 @@ class Client:
         """Table 5's cost of a token, (L + L_bp - 1) P multiplications with addition (the paper's
         GFLOP are GMAC): L layers at the client, L_bp of them crossed by the backward pass, P a
         layer's matrices and what is tuned in it. Norms, head and attention scores do not count."""
-        sizes = {i: sum(p.numel() for n, p in block.named_parameters() if "norm" not in n)
-                 for i, block in self.lm.layers.items()}
-        lowest = min(int(name.split(".")[1]) for name in self.tuned)
-        crossed = sum(int(i) >= lowest for i in sizes)
-        return (len(sizes) + crossed - 1) * max(sizes.values())
+        layers, lowest = self.lm.layers, min(int(name.split(".")[1]) for name in self.tuned)
+        all_of_them = sum(p.numel() for n, p in layers.named_parameters() if "norm" not in n)
+        crossed = sum(int(i) >= lowest for i in layers)
+        return (len(layers) + crossed - 1) * all_of_them // len(layers)
 
 
 # ---- rounds -------------------------------------------------------------------------------------
@@ -506,23 +478,18 @@ def payload_bytes(payload: Payload) -> int:
     return sum(t.numel() * t.element_size() for t in payload.values())
 
 
-class Exchange(NamedTuple):
-    results: dict[int, tuple[Payload, dict]]    # (upload, metrics) by client
-    down: list[int]                             # bytes of every payload
-    up: list[int]
-
-
 class Wire:
     """Between server and clients, all in one process, one client after the other."""
 
-    def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> Exchange:
-        """The work of those who were `chosen`. `examples` is what p_m of Eq. 2 is made of."""
+    def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> tuple:
+        """The work of those who were `chosen`: {client: (upload, metrics)}, and the bytes of every
+        payload down and up. metrics["examples"] is what p_m of Eq. 2 is made of."""
         results = {}
         for m in tqdm(chosen, f"round {t + 1}", leave=False, disable=None):
             upload, metrics = client.update(t, payload, shards[m], m)
             results[m] = upload, metrics | {"examples": len(shards[m])}
         up = [payload_bytes(upload) for upload, _ in results.values()]
-        return Exchange(results, [payload_bytes(payload) for _ in chosen], up)
+        return results, [payload_bytes(payload) for _ in chosen], up
 
 
 def choose_clients(cfg, clients: int, t: int) -> list[int]:
@@ -563,9 +530,7 @@ def distances(uploads: list[Payload], expected: Payload) -> list[float]:
 
 def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[Payload, dict]]:
     """The results that count, and one line for each that does not.
-
-    DIFFERS: the paper averages whatever comes. --max-update-norm 0 leaves sizes alone.
-    """
+    DIFFERS: the paper averages whatever comes. --max-update-norm 0 leaves sizes alone."""
     reasons = {m: misfit(upload, expected) or implausible(metrics)
                for m, (upload, metrics) in results.items()}
     fine = [m for m in results if not reasons[m]]
@@ -593,12 +558,11 @@ def federate(server, client, shards, cfg, wire, first_round: int = 0):
         payload = server.broadcast(t)                       # lines 3-7: align E, send A and E
         chosen, expected = choose_clients(cfg, len(shards), t), server.expected(t)
         # lines 8-15: K local steps of each
-        found = wire.round(t, payload, client, shards, chosen, expected)
-        results = accepted(t, found.results, expected, cfg)
-        uploads, metrics = zip(*results.values())
+        results, down, up = wire.round(t, payload, client, shards, chosen, expected)
+        uploads, metrics = zip(*accepted(t, results, expected, cfg).values())
         weights = [1.0 if cfg.uniform_weights else float(m["examples"]) for m in metrics]
         # line 16: A <- sum p_m A_m, p_m = |D_m| / |D| as in Eq. 2
         measured = server.aggregate(t, uploads, weights)
         loss = sum(w * m["loss"] for w, m in zip(weights, metrics)) / sum(weights)
-        yield {"round": t + 1, "client_loss": loss, **measured, "bytes_down": fmean(found.down),
-               "bytes_up": fmean(found.up), "seconds": time.perf_counter() - start}
+        yield {"round": t + 1, "client_loss": loss, **measured, "bytes_down": fmean(down),
+               "bytes_up": fmean(up or [0]), "seconds": time.perf_counter() - start}

@@ -1,8 +1,7 @@
 """LoRA by hand (Hu et al. 2021, arXiv 2106.09685): y = W x + (alpha / r) B A x, W frozen.
 
-In order: LoRALinear; twin_blocks and add_lora (an LM around the same frozen tensors, with LoRA on
-wq and wv of every block); lora_tensors (A and B by name) and copy_into (load them, strict); merged
-(W + (alpha / r) B A).
+In order: LoRALinear; twin_blocks, add_lora (an LM around the same frozen tensors, with LoRA on wq
+and wv of every block); lora_tensors (A and B by name); copy_into (load them, strict).
 """
 import math
 
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 
 from model import LM, Block
 
-TARGETS = ("wq", "wv")                  # ABLATE: which matrices of an attention carry LoRA
+# PAPER SILENT: which matrices carry LoRA. 131,072 parameters a layer (Table 5) fit any two square
+# ones; these two are the authors' code's.
+TARGETS = ("wq", "wv")                  # ABLATE: what carries LoRA
 
 
 class LoRALinear(nn.Module):
@@ -75,20 +76,3 @@ def copy_into(own: dict[str, Tensor], tensors: dict[str, Tensor]):
         t = tensors[name]
         assert p.shape == t.shape, f"{name}: expected {tuple(p.shape)}, found {tuple(t.shape)}"
         p.copy_(t)
-
-
-@torch.no_grad()
-def merged(lm: LM) -> dict[str, Tensor]:
-    """`lm`'s weights by Meta's names, W + (alpha / r) B A for W, layers numbered from 0. The sum is
-    made in fp32, on a copy, and cast back to W's dtype."""
-    number = {old: str(new) for new, old in enumerate(lm.layers)}
-    loras, state = {n: m for n, m in lm.named_modules() if isinstance(m, LoRALinear)}, {}
-    for name, p in lm.state_dict().items():
-        if m := loras.get(name.removesuffix(".weight")):
-            p = (p.float() + m.scale * (m.lora_B @ m.lora_A)).to(p.dtype)
-        part = name.split(".")
-        if part[0] == "layers":
-            name = ".".join(["layers", number[part[1]], *part[2:]])
-        if ".lora_" not in name:
-            state[name] = p
-    return state

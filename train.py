@@ -23,11 +23,11 @@ from statistics import fmean
 import torch
 
 from data import TASKS, digest_of, make_public, make_shards
-from eval import (BUNDLED, BUNDLED_CKPT, BUNDLED_DATA, EvalConfig, Parser, checked, evaluate, flag,
+from eval import (BUNDLED, BUNDLED_CKPT, BUNDLED_DATA, EvalConfig, Parser, checked, flag,
                   main_guard, pick_device, pick_dtype, restore, scorer_of)
 from fedbiot import Config, Wire, federate, option, payload_bytes
-from model import (ModelConfig, UserError, fingerprint, load_tokenizer, load_weights, read_json,
-                   read_saved, room, write_file, write_json)
+from model import (ModelConfig, UserError, expecting, fingerprint, load_tokenizer, load_weights,
+                   read_json, read_saved, room, write_file, write_json)
 
 METHODS = {"fedbiot": "fedbiot", "offsite": "baselines.offsite", "fedot": "baselines.offsite",
            "fedavg": "baselines.fedavg", "fedkseed": "baselines.fedkseed",
@@ -87,28 +87,24 @@ def resolve(given: dict) -> RunConfig:
     bundled, task = given.get("ckpt") is None, TASKS[given.get("task", "gsm8k")]
     method, world = given.get("method", "fedbiot"), int(os.environ.get("WORLD_SIZE", 1))
     values = {"ckpt": str(BUNDLED_CKPT), "data_dir": str(BUNDLED_DATA), "max_len": task.max_len}
-    values |= {"clients": world - 1 if given.get("own_data") else task.clients}
+    values["clients"] = world - 1 if world > 1 and given.get("own_data") else task.clients
     values |= (BUNDLED if bundled else {}) | method_of(method).Server.defaults(method, bundled)
     values |= PRESETS[given.get("preset", "paper")] | given
-    cores = len(os.sched_getaffinity(0))
-    values["threads"] = values.get("threads") or max(cores // local_processes(), 1)
+    cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    values["threads"] = values.get("threads") or max(cores // processes, 1)
     cfg = checked(config_of(method), values)
-    if cfg.clients_per_round > cfg.clients:
-        raise UserError(f"--clients-per-round {cfg.clients_per_round}: there are {cfg.clients}")
-    if cfg.validate and cfg.task != "gsm8k":
-        raise UserError(f"--validate {cfg.validate}: only gsm8k trains and tests on rows of one "
-                        f"kind; leave it out")
-    if method == "offsite" and cfg.clients != 1:
-        raise UserError(f"--method offsite: Offsite-Tuning has one client, found {cfg.clients}; "
-                        f"fedot has several")
-    if cfg.own_data and cfg.clients != world - 1:
-        raise UserError(f"--own-data --clients {cfg.clients}: every client is a process under "
-                        f"torchrun, which started {world - 1} of them; leave --clients out")
+    for wrong, text in (
+            (cfg.clients_per_round > cfg.clients, f"--clients-per-round {cfg.clients_per_round}: "
+             f"expected at most the {cfg.clients} clients that there are"),
+            (cfg.validate and cfg.task != "gsm8k", f"--validate {cfg.validate}: only gsm8k trains "
+             f"and tests on rows of one kind; leave it out"),
+            (method == "offsite" and cfg.clients != 1, f"--method offsite: Offsite-Tuning has one "
+             f"client, found {cfg.clients}; fedot has several"),
+            (cfg.own_data and cfg.clients != world - 1, f"--own-data with {cfg.clients} clients: "
+             f"each is a process under torchrun, which started {world - 1}; leave --clients out")):
+        if wrong:
+            raise UserError(text)
     return cfg
-
-
-def local_processes() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def as_json(cfg) -> dict:
@@ -208,17 +204,17 @@ def made_of(folder: Path) -> dict[str, str]:
 
 
 def read_run(folder: Path) -> RunConfig:
-    """The configuration of a finished run, checked; config.json and lora.pt are as it wrote them.
+    """The configuration of a finished run; config.json and lora.pt must be as the run wrote them.
     """
     if not is_finished(folder):
         raise UserError(f"--run {folder}: expected the folder of a finished run; go on with "
                         f"train.py --resume --out {folder}")
-    summary = read_json(folder / "summary.json", "a run's summary")
-    if not isinstance(summary, dict) or summary.get("made_of") != made_of(folder):
-        raise UserError(f"--run {folder}: config.json or lora.pt is not the one that this run "
-                        f"wrote; restore it, or train again")
-    values = read_json(folder / "config.json", "a run's configuration")
-    return checked(config_of(values["method"]), values | {"dropout": Fraction(values["dropout"])})
+    with expecting("config.json and lora.pt as the run wrote them", folder):
+        if read_json(folder / "summary.json")["made_of"] != made_of(folder):
+            raise ValueError("another config.json or lora.pt; restore it, or train again")
+        values = read_json(folder / "config.json")
+        values["dropout"] = Fraction(values["dropout"])
+        return checked(config_of(values["method"]), values)
 
 
 def load_state(folder: Path, now: dict[str, str]) -> dict | None:
@@ -228,9 +224,8 @@ def load_state(folder: Path, now: dict[str, str]) -> dict | None:
     if not path.is_file():
         return None
     state = read_saved(path)
-    then = state.get("depends_on") if isinstance(state, dict) else None
-    if not isinstance(then, dict):
-        raise UserError(f"{path}: not a state that can be resumed; move it away to start anew")
+    with expecting("a state that can be resumed; move it away to start anew", path):
+        then = state["depends_on"] | {}
     for name in (name for name in now if now[name] != then.get(name)):
         raise UserError(f"{path}: was made with {name} {then.get(name)}, now it is {now[name]}; "
                         f"resume with the same, or choose another --out")
@@ -290,20 +285,17 @@ class Run:
             write_file(folder / "emulator.pt", lambda file: torch.save(stored, file))
         if self.rows:
             self.evaluate_if_due()
-            self.write_log()
-
-    def write_log(self):
-        columns = list(dict.fromkeys([*COLUMNS, *(k for row in self.rows for k in row)]))
-        table = [columns] + [[str(row.get(c, "")) for c in columns] for row in self.rows]
-        text = "".join(",".join(line) + "\n" for line in table)
-        write_file(self.folder / "log.csv", lambda file: file.write(text.encode()))
+            self.save()
 
     def save(self):
         """state.pt is in place before the round's row is in the log."""
         seconds = time.perf_counter() - self.start
         self.state |= {"server": self.server.state_dict(), "seconds": seconds}
         write_file(self.folder / "state.pt", lambda file: torch.save(self.state, file))
-        self.write_log()
+        columns = list(dict.fromkeys([*COLUMNS, *(k for row in self.rows for k in row)]))
+        table = [columns] + [[str(row.get(c, "")) for c in columns] for row in self.rows]
+        text = "".join(",".join(line) + "\n" for line in table)
+        write_file(self.folder / "log.csv", lambda file: file.write(text.encode()))
 
     def finish_round(self, record: dict):
         self.rows.append(record)
@@ -319,30 +311,26 @@ class Run:
             return
         for name, lm in self.server.models().items():
             if name != "base" or "base" not in metrics:
-                metrics[name] = evaluate(lm, self.tokenizer, cfg, f"evaluate {name}")
+                score = scorer_of(cfg.task).score
+                metrics[name] = score(lm, self.tokenizer, cfg, f"evaluate {name}")
             row[name] = metrics[name]["accuracy"]
         self.save()
 
     def finish(self, bootstrap_bytes: int, trainable: int, device) -> dict:
         """lora.pt and summary.json: what other tools read."""
         learnt, cfg = self.server.state_dict()["learnt"], self.cfg
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        on_gpu = device.type == "cuda" and torch.cuda.max_memory_allocated(device)
         write_file(self.folder / "lora.pt", lambda file: torch.save(learnt, file))
         summary = {"task": cfg.task, "method": cfg.method, "seed": cfg.seed, "rounds": cfg.rounds,
                    "metrics": self.state["metrics"],
                    "bytes_down_per_client_round": fmean(row["bytes_down"] for row in self.rows),
                    "bytes_up_per_client_round": fmean(row["bytes_up"] for row in self.rows),
                    "bootstrap_bytes": bootstrap_bytes, "trainable_params": trainable,
-                   "peak_memory_bytes": peak_memory(device), "seconds": self.state["seconds"],
+                   "peak_memory_bytes": on_gpu or resident, "seconds": self.state["seconds"],
                    "made_of": made_of(self.folder)}
         write_json(self.folder / "summary.json", summary)
         return summary
-
-
-def peak_memory(device) -> int:
-    """Of this process: on a GPU what PyTorch allocated there, else resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):

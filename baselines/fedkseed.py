@@ -156,8 +156,7 @@ class Client:
 
     def macs_per_token(self) -> int:
         """Two forward passes and no backward, over the matrices of all layers."""
-        return 2 * sum(p.numel() for block in self.lm.layers.values()
-                       for n, p in block.named_parameters() if "norm" not in n)
+        return 2 * sum(p.numel() for n, p in self.lm.layers.named_parameters() if "norm" not in n)
 
     def loss(self, batch) -> float:
         batch = batch.to(self.w[0].device)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from baselines import fedavg
 from baselines.fedavg import Client  # noqa: F401  (2): plain cross-entropy on the small LoRA
-from fedbiot import SERVER, generator, linear_kl, option
+from fedbiot import SERVER, generator, option
 from lora import copy_into
 from model import LM, ModelConfig, UserError, load_tokenizer, load_weights
 
@@ -62,9 +62,9 @@ class Flags:
 
 def check_vocabularies(large: str, small: str):
     """Logits can only be added over the same pieces."""
-    pieces = [load_tokenizer(folder, ModelConfig.read(folder)).vocabulary()
-              for folder in (large, small)]
-    if pieces[0] != pieces[1]:
+    a, b = (load_tokenizer(folder, ModelConfig.read(folder)) for folder in (large, small))
+    if [*map(a.pieces.id_to_piece, range(a.vocab_size))] != [
+            *map(b.pieces.id_to_piece, range(b.vocab_size))]:
         raise UserError(f"--proxy-ckpt {small}: has other pieces than {large}; logits can only be "
                         f"added over the same pieces")
 
@@ -110,14 +110,16 @@ class Server(fedavg.Server):
         return dict(zip(("distill_kl", "drift"), means))
 
     def distillation_loss(self, batch) -> tuple[Tensor, Tensor]:
-        """(KL(proxy || small), mean ||z_S - z_S0||) over the answers' tokens."""
-        W, weights = self.full.output.weight, batch.weights
+        """(KL(proxy || small), mean ||z_S - z_S0||) over the answers' tokens, in fp32."""
+        rows, weights, head = batch.rows, batch.weights, self.full.output
         with torch.no_grad():
-            z_L = self.large(batch.tokens).flatten(0, 1)[batch.rows]    # (N, V): logits, only those
-            h, h0 = (lm.hidden(batch.tokens, rows=batch.rows) for lm in (self.snapshot, self.full))
-            drift = (weights * self.full.output(h - h0).float().norm(dim=-1)).sum()
-        h_student = self.lm.hidden(batch.tokens, rows=batch.rows)
-        return linear_kl(h_student, self.cfg.proxy_alpha * (h - h0), W, weights, z_L), drift
+            z_L = self.large.output(self.large.hidden(batch.tokens, rows=rows)).float()     # (N, V)
+            h, h0 = (lm.hidden(batch.tokens, rows=rows) for lm in (self.snapshot, self.full))
+            change = head(h - h0).float()
+            teacher = (z_L + self.cfg.proxy_alpha * change).log_softmax(-1)
+        student = head(self.lm.hidden(batch.tokens, rows=rows)).float().log_softmax(-1)
+        kl = (weights * (teacher.exp() * (teacher - student)).sum(-1)).sum()
+        return kl, (weights * change.norm(dim=-1)).sum()
 
     def models(self) -> dict:
         proxy = Proxy(self.large, self.snapshot, self.full, self.cfg.proxy_alpha)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora import merged
+from lora import LoRALinear
 from model import (LM, ModelConfig, Tokenizer, UserError, expecting, open_file, parse_json,
                    read_bytes, read_json, read_pickle, write_file, write_folder, write_json)
 
@@ -342,6 +342,23 @@ def write_meta(folder: Path, state: dict[str, Tensor], config: ModelConfig, sour
     write_json(folder / "params.json", to_params(config) | more)
     write_file(folder / "consolidated.00.pth", lambda file: torch.save(
         {name: t.cpu() for name, t in state.items()}, file))
+
+
+@torch.no_grad()
+def merged(lm: LM) -> dict[str, Tensor]:
+    """`lm`'s weights by Meta's names, W + (alpha / r) B A for W, layers numbered from 0. The sum is
+    made in fp32, on a copy, and cast back to W's dtype."""
+    number = {old: str(new) for new, old in enumerate(lm.layers)}
+    loras, state = {n: m for n, m in lm.named_modules() if isinstance(m, LoRALinear)}, {}
+    for name, p in lm.state_dict().items():
+        if m := loras.get(name.removesuffix(".weight")):
+            p = (p.float() + m.scale * (m.lora_B @ m.lora_A)).to(p.dtype)
+        part = name.split(".")
+        if part[0] == "layers":
+            name = ".".join(["layers", number[part[1]], *part[2:]])
+        if ".lora_" not in name:
+            state[name] = p
+    return state
 
 
 def export(lm, folder: Path, form: str, source):

@@ -4,7 +4,7 @@
 
 Short JSON messages go through torch.distributed's key-value store, tensors through its process
 group, and only once the other side waits for them. So nobody hangs in a receive: a slow client can
-be left out of a round, and a rank that fails is heard by all who wait. docs/running.md has the rest.
+be left out of a round, and a rank that fails is heard by all who wait. More: docs/running.md.
 """
 import contextlib
 import json
@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from data import Shard, digest_of, make_shards, training_examples
 from eval import flag
-from fedbiot import Exchange, Payload, misfit, payload_bytes
+from fedbiot import Payload, misfit, payload_bytes
 from model import ModelConfig, UserError, load_tokenizer
-from train import FREE, as_json, local_processes, method_of
+from train import FREE, as_json, method_of
 
 DTYPES = {str(d): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.int32,
                               torch.int64, torch.uint8, torch.bool)}
@@ -135,7 +135,8 @@ class Processes:
         """Sends every client rank the flags, fingerprints of the data that a resumed run had, and
         the bootstrap. Fingerprints that are new are added to `known`."""
         self.timeout = cfg.client_timeout or float("inf")
-        own_gpu = device.type == "cuda" and torch.cuda.device_count() >= local_processes()
+        own_gpu = device.type == "cuda" and torch.cuda.device_count() >= int(
+            os.environ["LOCAL_WORLD_SIZE"])
         self.travel(device, own_gpu)
         for rank in range(1, self.world):
             self.post(rank, [as_json(cfg), own_gpu, known], bootstrap)
@@ -145,19 +146,19 @@ class Processes:
             known.setdefault(str(name), str(found)[:64])
         return self
 
-    def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> Exchange:
+    def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> tuple:
         """As Wire.round. A free rank takes the next client; with --own-data every rank is one. The
         clock of --client-timeout is a client's own work: a round goes on without those who are over
         it, once somebody has finished and nobody waits for a rank. What they offer in a later round
         is not asked for."""
-        found, todo = Exchange({}, [], []), list(chosen)
+        results, down, up, todo = {}, [], [], list(chosen)
         bar = tqdm(total=len(chosen), desc=f"round {t + 1}", leave=False, disable=None)
-        while todo or not found.results or self.at_work(t):
+        while todo or not results or self.at_work(t):
             for rank in range(1, self.world):
                 if rank in self.busy and (answer := self.look(rank)) is not None:
                     began, m, _ = self.busy.pop(rank)
                     if began == t:
-                        found.results[m] = self.collect(rank, answer, expected, found.up)
+                        results[m] = self.collect(rank, answer, expected, up)
                         bar.update()
                 wanted = [m for m in todo if shards[m] is None or shards[m] == rank]
                 if rank not in self.busy and wanted:
@@ -165,28 +166,27 @@ class Processes:
                     self.busy[rank] = t, wanted[0], time.monotonic()
                     self.post(rank, self.busy[rank][:2], payload)
                     self.send(rank, payload)
-                    found.down.append(payload_bytes(payload))
-            if self.nobody_can(todo, shards, t, found):
+                    down.append(payload_bytes(payload))
+            if results and self.nobody_can(todo, shards, t):
                 break
             time.sleep(0.01)
         bar.close()
-        for m in sorted(set(chosen) - set(found.results)):
+        for m in sorted(set(chosen) - set(results)):
             print(f"round {t + 1}, client {m}: left out, no upload within --client-timeout "
                   f"{self.timeout:g} s", file=sys.stderr)
-        return found._replace(results={m: found.results[m] for m in sorted(found.results)})
+        return {m: results[m] for m in sorted(results)}, down, up
 
     def at_work(self, t: int) -> bool:
         now = time.monotonic()
         return any(began == t and now - since < self.timeout
                    for began, _, since in self.busy.values())
 
-    def nobody_can(self, todo: list, shards, t: int, found: Exchange) -> bool:
+    def nobody_can(self, todo: list, shards, t: int) -> bool:
         """Whether all that is left to do belongs to ranks (--own-data) that are still at work on an
         earlier round and over their time."""
         now = time.monotonic()
         late = {r for r, (began, _, since) in self.busy.items() if now - since >= self.timeout}
-        return bool(found.results and todo and not self.at_work(t)
-                    and all(shards[m] in late for m in todo))
+        return bool(todo) and not self.at_work(t) and all(shards[m] in late for m in todo)
 
     def collect(self, rank: int, answer, expected: Payload, up: list) -> tuple[Payload, dict]:
         """An upload, asked for if its header fits; else its header, which `accepted` rejects."""
