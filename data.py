@@ -99,9 +99,7 @@ def read_alpaca(data_dir) -> list[Row]:
 
 
 class Task(NamedTuple):
-    """One task. Its module has read_training, prepare, score, score_predictions and report, which
-    eval.py says more about; eval.py itself is GSM8K's."""
-    module: str
+    module: str                 # has read_training, prepare, score, score_predictions, report
     clients: int                # the paper's number of clients
     max_len: int                # tokens of the longest training sequence
 
@@ -206,12 +204,10 @@ class Shard:
         return len(self.indices)
 
     def batches(self, steps: int, batch_size: int, key: tuple[int, ...]):
-        """`steps` batches; which and in which order is a function of `key` = (seed, round, client).
-
+        """`steps` batches, a function of `key` = (seed, round, client).
         DIFFERS: Algorithm 2, line 4 draws at random. Here as in the authors' code: whole passes
-        without replacement, in random order. Within ten batches the examples are sorted by length,
-        so that little of a batch is padding.
-        """
+        without replacement. Within ten batches the examples are sorted by length, so that little of
+        a batch is padding."""
         rng = np.random.default_rng(key)
         size = min(batch_size, len(self))
         passes = max(-(-steps * size // len(self)), 1)      # steps 0: an empty draw of one

@@ -103,7 +103,7 @@ class EvalConfig:
     ckpt: str | None = option(None, "model's folder, Meta's or Hugging Face's; default the bundled")
     data_dir: str | None = option(None, "folder of the data files; default the bundled data")
     eval_limit: int = option(0, "first N test examples, of each language or scenario (0: all)")
-    eval_batch: int = option(0, "sequences generated at a time (0: what 6 GB of cache hold)")
+    eval_batch: int = option(0, "sequences generated at a time (0: what 4 GB of cache hold)")
     shots: int = option(8, "worked examples in its prompts; bundled model 0")
     max_new_tokens: int = option(0, "of an answer (0: the task's own, GSM8K 256)")
     samples: int = option(20, "programs a problem; bundled model 1", least=1)
@@ -120,8 +120,6 @@ class EvalConfig:
     dtype: str = option("auto", "of frozen weights", choices=("auto", "fp32", "bf16", "fp16"))
     threads: int = option(0, "CPU threads of every process (0: cores / processes)", most=4096)
 
-
-# ---- the machine --------------------------------------------------------------------------------
 
 def pick_device(name: str) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
@@ -215,12 +213,7 @@ def report(result: dict):
           f"{result['accuracy']:.2%}")
 
 
-# ---- any task -----------------------------------------------------------------------------------
-
-def scorer_of(task: str):
-    """The module of a task: read_training, prepare, score, score_predictions, report, as above."""
-    return room(TASKS[task].module)
-
+# ---- runs ---------------------------------------------------------------------------------------
 
 def restore(server, state: dict, folder: Path):
     """What `folder` holds of a run is put into its server; its emulator's own weights too."""
@@ -245,10 +238,8 @@ def models_of_run(folder: Path, device, dtype) -> tuple[dict, object, object]:
 @dataclass(frozen=True)
 class Command(EvalConfig):
     """Every flag of eval.py."""
-    eval_limit: int = option(0, "first N test examples, of each language or scenario (0: all)",
-                             flags=["--limit"])
-    eval_batch: int = option(0, "sequences generated at a time (0: what 6 GB of cache hold)",
-                             flags=["--batch-size"])
+    eval_limit: int = option(0, "first N test examples, as --eval-limit", flags=["--limit"])
+    eval_batch: int = option(0, "sequences at a time, as --eval-batch", flags=["--batch-size"])
     run: str | None = option(None, "run folder of train.py")
     model: str = option("adapfu", "which of the run's models")
     prompt: str | None = option(None, "print the greedy completion of this text, and nothing else")
@@ -305,7 +296,7 @@ def main(argv=None) -> int:
     elif args.prompt is not None:
         print(complete(lm, tokenizer, args))
     else:
-        scorer = scorer_of(args.task)
+        scorer = room(TASKS[args.task].module)
         if args.predictions:
             result = scorer.score_predictions(args)
         else:

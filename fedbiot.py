@@ -77,7 +77,6 @@ class Config:
 
 def layer_extract(n: int, s: int, beta: Fraction) -> tuple[list[int], list[int]]:
     """Algorithm 1: (emulator's layers, adapter's layers), 0-based indices of the model's n layers.
-
     DIFFERS: the paper's line 2 reads n' = floor(beta (n - s)); its own Table 5 needs (1 - beta).
     In integers and fractions throughout: floats lose a layer at n - s = 16, n' = 14.
     """
@@ -96,10 +95,9 @@ def spread(total: int, kept: int) -> list[int]:
 
 
 # ---- losses -------------------------------------------------------------------------------------
-# The head W is frozen, so the gradient with respect to the hidden states can be made in the forward
-# pass: no (N, V) tensor ever exists, and backward is one multiplication. A matrix product wants
-# many rows at a time, a chunk; what is done to its logits in fp32 wants few, a slice that stays in
-# a CPU's cache.
+# The head W is frozen, so the gradient for the hidden states can be made in the forward pass: no
+# (N, V) tensor ever exists, and backward is one multiplication. A matrix product wants many rows
+# at a time, a chunk; what is done to its logits wants few, a slice that stays in a CPU's cache.
 
 def chunks(h: Tensor, W: Tensor) -> list[slice]:
     """Rows of h (N, D) by chunks whose fp32 logits would take 32 MB on the CPU, 512 MB on a GPU."""
@@ -282,7 +280,8 @@ class Server:
         layers = {int(i): block for i, block in full.layers.items()}
         layers |= {i: self.student.layers[str(i)] for i in self.adapter}
         self.teacher = full.with_layers(layers)                         # E* and A
-        self.optimizer = self.new_optimizer()
+        # PAPER SILENT: whether its state lives on between rounds. It does, unless --align-renew.
+        self.optimizer = torch.optim.AdamW(self.emulated.values(), cfg.server_lr, (0.9, 0.95))
 
     def give_own_weights(self, layers):
         """E's matrices and norms become fp32 copies, so that Eq. 5 leaves the full model alone."""
@@ -291,10 +290,6 @@ class Server:
         layers.load_state_dict(layers.state_dict() | own, assign=True)
         layers.requires_grad_(False)
         self.emulator = {f"layers.{n}": layers.get_parameter(n) for n in own}
-
-    def new_optimizer(self):
-        # PAPER SILENT: whether its state lives on between rounds. It does, unless --align-renew.
-        return torch.optim.AdamW(self.emulated.values(), lr=self.cfg.server_lr, betas=(0.9, 0.95))
 
     def bootstrap(self) -> Payload:
         """Once: frozen tensors of E and A, embeddings, norm, head. No dropped layer; after Eq. 5 no
@@ -315,7 +310,7 @@ class Server:
     def align(self, t: int, steps: int):
         """Eq. 7: AdamW on the LoRA of E; the current adapter sits frozen in both models."""
         if self.cfg.align_renew:
-            self.optimizer = self.new_optimizer()
+            self.optimizer.state.clear()
         self.descend(t, steps, self.optimizer)
 
     def align_weights(self, steps: int):
@@ -362,10 +357,9 @@ class Server:
                                 f"--server-lr or --align-init-lr")
 
     def alignment_losses(self, batch) -> dict[str, tuple[float, Tensor]]:
-        """Name: (weight, value) of every term. The names reach log and picture by themselves.
-
-        Eq. 3, ||E(x) - E*(x)||^2, and Eq. 4, KL(teacher || student), whose weighted sum is what
-        Eq. 5 and 7 minimise.  ABLATE: the alignment's losses
+        """Name: (weight, value) of Eq. 3, ||E(x) - E*(x)||^2, and of Eq. 4, KL(teacher || student);
+        Eq. 5 and 7 minimise their weighted sum. A new term reaches log and picture by itself.
+        ABLATE: the alignment's losses
         DIFFERS: the L2 is divided by the teacher's mean square, so that lambda and the learning
         rates carry over between model sizes; --align-norm none is the literal Eq. 3.
         PAPER SILENT: means are over the answers' tokens of a batch, so a long answer weighs more.
@@ -429,9 +423,7 @@ class Client:
         for p in self.tuned.values():
             p.requires_grad_()
 
-    @staticmethod
-    def adapter(lm: LM, cfg) -> list[int]:
-        return list(range(lm.config.n_layers - cfg.adapter, lm.config.n_layers))
+    adapter = staticmethod(lambda lm, cfg: [*range(lm.config.n_layers)][-cfg.adapter:])
 
     def update(self, t: int, payload: Payload, examples, m: int) -> tuple[Payload, dict]:
         """Lines 8-15: K steps of AdamW on Eq. 6 over the LoRA of A; the upload, and F_m's mean.
@@ -439,13 +431,15 @@ class Client:
         cfg, losses = self.cfg, []
         copy_into(self.received, payload)                                               # Eq. 8
         sent = {name: p.detach().clone() for name, p in self.tuned.items()}
+        stems = [name.removesuffix("A") for name in sent if name.endswith("lora_A")]
+        pairs = [(*(self.tuned[s + x] for x in "BA"), *(sent[s + x] for x in "BA")) for s in stems]
         # PAPER SILENT: whether its state lives on. It does not: a client keeps nothing.
         optimizer = torch.optim.AdamW(self.tuned.values(), lr=cfg.lr, betas=(0.9, 0.95))
         for batch in examples.batches(cfg.local_steps, cfg.batch_size, (cfg.seed, t, m)):
             loss = self.loss(batch.to(self.lm.output.weight.device))
             losses.append(loss.detach())
             if cfg.prox:
-                loss = loss + cfg.prox / 2 * proximal(self.pairs(sent), cfg.alpha / cfg.rank)
+                loss = loss + cfg.prox / 2 * proximal(pairs, cfg.alpha / cfg.rank)
             optimizer.zero_grad()
             loss.backward()                                                             # Eq. 9
             optimizer.step()                                                            # Eq. 10
@@ -457,11 +451,6 @@ class Client:
         h = self.lm.hidden(batch.tokens, rows=batch.rows)           # (N, D): answer's tokens only
         return linear_cross_entropy(h, self.lm.output.weight, batch.targets, batch.weights)
 
-    def pairs(self, sent: Payload) -> list[tuple[Tensor, ...]]:
-        """(B, A, B0, A0) of every tuned matrix; B0 and A0 are what was broadcast."""
-        stems = [name.removesuffix("A") for name in self.tuned if name.endswith("lora_A")]
-        return [(*(self.tuned[s + x] for x in "BA"), *(sent[s + x] for x in "BA")) for s in stems]
-
     def macs_per_token(self) -> int:
         """Table 5's cost of a token, (L + L_bp - 1) P multiplications with addition (the paper's
         GFLOP are GMAC): L layers at the client, L_bp of them crossed by the backward pass, P a
@@ -471,8 +460,6 @@ class Client:
         crossed = sum(int(i) >= lowest for i in layers)
         return (len(layers) + crossed - 1) * all_of_them // len(layers)
 
-
-# ---- rounds -------------------------------------------------------------------------------------
 
 def payload_bytes(payload: Payload) -> int:
     return sum(t.numel() * t.element_size() for t in payload.values())
@@ -520,8 +507,7 @@ def implausible(metrics: dict) -> str:
 
 
 def distances(uploads: list[Payload], expected: Payload) -> list[float]:
-    """How far every upload is from what was sent: a norm over its floats in fp64, which none of
-    them overflows. The host reads once for all of them."""
+    """How far every upload is from what was sent, a norm in fp64. The host reads once for all."""
     floats = [name for name, like in expected.items() if like.is_floating_point()]
     norms = [torch.stack([(upload[n].to(expected[n].device).double() - expected[n].double())
                           .square().sum() for n in floats]).sum().sqrt() for upload in uploads]

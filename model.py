@@ -152,7 +152,6 @@ def clean_text(text: str) -> str:
 
 PARAMS_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps",
                "ffn_dim_multiplier", "rope_theta", "max_seq_len", "max_batch_size"}
-IGNORABLE_IF_FALSE = {"use_scaled_rope", "attention_bias", "mlp_bias"}
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ class ModelConfig:
 
     @classmethod
     def from_params(cls, p: dict) -> "ModelConfig":
-        odd = [k for k in p if k not in PARAMS_KEYS and not (k in IGNORABLE_IF_FALSE and not p[k])]
+        odd = [key for key, value in p.items() if key not in PARAMS_KEYS and value is not False]
         if odd:
             raise UserError(f"{odd[0]!r}, which LLaMA 1 and 2 do not have")
         hidden = int(2 * 4 * p["dim"] / 3)
@@ -215,7 +214,7 @@ class RMSNorm(nn.RMSNorm):
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotary embedding of x (B, T, H, d), Meta's layout: neighbours (2i, 2i+1) are one complex
-    number, turned by its position's angle: on the CPU ten times faster than cos and sin apart."""
+    number, which is turned by its position's angle."""
     z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))    # (B, T, H, d/2)
     return torch.view_as_real(z * torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
 
@@ -428,12 +427,10 @@ def part_of(name: str, shape, shard: int, parts: int) -> tuple:
 @torch.no_grad()
 def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float32,
                  device="cpu") -> LM:
-    """An LM from a folder's weights, frozen, with `layer_ids` (default: all) of its layers.
-
-    Strict: every tensor of the architecture, in its shape, and nothing else; what stands twice (in
-    two sets of files, or as a tied head) must be equal; else UserError. `dtype` None: as stored.
-    One shard is mapped at a time, and copied tensor by tensor. Device "meta": nothing is read.
-    """
+    """An LM from a folder's weights, frozen, with `layer_ids` (default: all) of its layers. Strict:
+    every tensor of the architecture, in its shape, and nothing else; what stands twice (in two sets
+    of files, or as a tied head) must be equal; else UserError. `dtype` None: as stored. One shard
+    is mapped at a time, and copied tensor by tensor. Device "meta": nothing is read."""
     with torch.device("meta"):
         lm, whole = LM.empty(config, layer_ids), dict(LM.empty(config).named_parameters())
     if torch.device(device).type == "meta":
@@ -522,12 +519,9 @@ def generate_batch(lm: LM, prompts, max_new_tokens: int, ends: tuple, pick) -> l
 def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos, batch_size=0,
              temperature=0.0, top_k=0, top_p=1.0, generator=None, stop: int | None = None,
              progress: str | None = None) -> list[list[int]]:
-    """New token ids of each prompt, without `eos` (an id or several), in the prompts' order.
-
-    Greedy at temperature 0, else sampled with `generator` (on the model's device). Prompts are
-    sorted by length so that a batch wastes little padding; batch_size 0: up to 64 whose caches take
-    CACHE_BYTES. A text also ends behind the piece `stop`; `progress` names a progress bar.
-    """
+    """New token ids of each prompt, without `eos` (an id or several), in the prompts' order. Greedy
+    at temperature 0, else drawn with `generator` (on the model's device). A text also ends behind
+    the piece `stop`. batch_size 0: up to 64 whose caches take CACHE_BYTES, sorted by length."""
     assert all(prompts), "generate: an empty prompt; begin with BOS"
     eos = (eos,) if isinstance(eos, int) else tuple(eos)
     ends, pick = eos if stop is None else (*eos, stop), lambda logits: logits.argmax(-1)

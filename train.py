@@ -9,7 +9,6 @@ a run costs, counted without weights); the run folder; Run (log, state, evaluati
 """
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import resource
@@ -24,7 +23,7 @@ import torch
 
 from data import TASKS, digest_of, make_public, make_shards
 from eval import (BUNDLED, BUNDLED_CKPT, BUNDLED_DATA, EvalConfig, Parser, checked, flag,
-                  main_guard, pick_device, pick_dtype, restore, scorer_of)
+                  main_guard, pick_device, pick_dtype, restore)
 from fedbiot import Config, Wire, federate, option, payload_bytes
 from model import (ModelConfig, UserError, expecting, fingerprint, load_tokenizer, load_weights,
                    read_json, read_saved, room, write_file, write_json)
@@ -133,10 +132,10 @@ def plan(config: ModelConfig, cfg: RunConfig) -> dict:
 def print_plan(p: dict, c: ModelConfig, cfg: RunConfig):
     def layers(name):
         return f"{len(p[name]):3d}   " + " ".join(map(str, p[name]))
-    traffic = megabytes(p["comm_mb_per_round"] * 1e6)
+    traffic, ckpt = megabytes(p["comm_mb_per_round"] * 1e6), os.path.relpath(cfg.ckpt)
     for name, text in {
             "method": f"{cfg.method}, {cfg.task}, {cfg.clients} clients, {cfg.rounds} rounds",
-            "model": f"{c.n_layers} layers x {c.dim}, {cfg.ckpt}",
+            "model": f"{c.n_layers} layers x {c.dim}, {min(ckpt, cfg.ckpt, key=len)}",
             "kept (emulator)": layers("kept_layers"), "dropped": layers("dropped_layers"),
             "adapter": layers("adapter_layers"),
             "trainable": f"{p['trainable_params']:,} parameters",
@@ -156,22 +155,20 @@ def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
     explicit --out that exists needs --resume; a default name takes -2, -3, …, the last resumes.
     What torchrun restarts goes on, but not with another run that is finished."""
     name = f"{cfg.task}-{cfg.method}-b{float(cfg.dropout):g}-s{cfg.adapter}-seed{cfg.seed}"
-    last = None
-    for number in itertools.count(1):
-        folder = Path(cfg.out or f"runs/{name}{f'-{number}' if number > 1 else ''}")
+    folder, last, number = Path(cfg.out or f"runs/{name}"), None, 1
+    while folder != last:
         try:
             folder.mkdir(parents=True)
             break
         except FileExistsError:
-            if cfg.out and (cfg.resume or restarted):
-                return folder
-            if cfg.out:
+            if cfg.out and not (cfg.resume or restarted):
                 raise UserError(f"--out {folder}: exists already; add --resume to go on with it, "
                                 f"or choose another name") from None
-            last = folder
+            last, number = folder, number + 1
+            folder = folder if cfg.out else Path(f"runs/{name}-{number}")
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be made ({error.strerror})") from None
-    if last and (cfg.resume or restarted and not is_finished(last)):
+    if last and last != folder and (cfg.resume or restarted and not is_finished(last)):
         folder.rmdir()
         return last
     return folder
@@ -204,8 +201,7 @@ def made_of(folder: Path) -> dict[str, str]:
 
 
 def read_run(folder: Path) -> RunConfig:
-    """The configuration of a finished run; config.json and lora.pt must be as the run wrote them.
-    """
+    """The configuration of a finished run, whose config.json and lora.pt are as it wrote them."""
     if not is_finished(folder):
         raise UserError(f"--run {folder}: expected the folder of a finished run; go on with "
                         f"train.py --resume --out {folder}")
@@ -234,13 +230,11 @@ def load_state(folder: Path, now: dict[str, str]) -> dict | None:
 
 def depends_on(cfg: RunConfig) -> dict[str, str]:
     """Flags, and fingerprints of test files and checkpoint, all read before the first step."""
-    tests = scorer_of(cfg.task).prepare(cfg)
+    tests = room(TASKS[cfg.task].module).prepare(cfg)
     ckpt = [p for p in Path(cfg.ckpt).iterdir() if p.is_file() and p.name[0] != "."]
     flags = {flag(name): value for name, value in as_json(cfg).items() if name not in FREE}
     return flags | {path.name: fingerprint(path) for path in [*tests, *sorted(ckpt)]}
 
-
-# ---- what is printed ----------------------------------------------------------------------------
 
 def round_line(r: dict, rounds: int, accuracies) -> str:
     """One aligned line; numbers whose names begin alike (align_l2, align_kl) stand together."""
@@ -311,7 +305,7 @@ class Run:
             return
         for name, lm in self.server.models().items():
             if name != "base" or "base" not in metrics:
-                score = scorer_of(cfg.task).score
+                score = room(TASKS[cfg.task].module).score
                 metrics[name] = score(lm, self.tokenizer, cfg, f"evaluate {name}")
             row[name] = metrics[name]["accuracy"]
         self.save()
