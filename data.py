@@ -25,7 +25,6 @@ from model import UserError, clean_text, expecting, parse_json, read_bytes, room
 
 LARGEST = 2**31         # bytes of a data file once unpacked: more is no data set but a gzip bomb
 
-
 def find_file(data_dir, name: str) -> Path:
     """data_dir/name. What the user placed is used as it is; what is missing is downloaded once."""
     path = Path(data_dir) / name
@@ -33,7 +32,6 @@ def find_file(data_dir, name: str) -> Path:
         from extras.download import fetch                   # pinned commits, checked, renamed
         fetch(path, name)
     return path
-
 
 def read_rows(path: Path) -> list[dict]:
     """The objects of a .jsonl or .json (an array) file, packed by gzip or not; at least one."""
@@ -59,7 +57,6 @@ def read_rows(path: Path) -> list[dict]:
         raise UserError(f"{path}: the file has no rows; expected at least one")
     return rows
 
-
 def texts_of(rows: list[dict], path, names: tuple[str, ...]) -> list[tuple[str, ...]]:
     """The named text fields of every row, each of which must be there. JSON allows lone surrogates,
     which no tokenizer can encode: they become U+FFFD."""
@@ -70,7 +67,6 @@ def texts_of(rows: list[dict], path, names: tuple[str, ...]) -> list[tuple[str, 
                                 f"{sorted(row)[:8]}")
     return [tuple(clean_text(row[name]) for name in names) for row in rows]
 
-
 # ---- tasks --------------------------------------------------------------------------------------
 
 class Row(NamedTuple):
@@ -79,11 +75,9 @@ class Row(NamedTuple):
     output: str
     label: str = ""             # what a task is partitioned by; "": i.i.d.
 
-
 PREAMBLE = ("Below is an instruction that describes a task{}. Write a response that appropriately "
             "completes the request.\n\n### Instruction:\n{}\n\n")
 WITH_INPUT = ", paired with an input that provides further context"
-
 
 def prompt_of(instruction: str, input: str = "") -> str:
     """Stanford Alpaca's template up to where the answer begins."""
@@ -91,23 +85,14 @@ def prompt_of(instruction: str, input: str = "") -> str:
         return PREAMBLE.format(WITH_INPUT, instruction) + f"### Input:\n{input}\n\n### Response:"
     return PREAMBLE.format("", instruction) + "### Response:"
 
-
-def read_alpaca(data_dir) -> list[Row]:
-    """The server's public set, the same for all tasks."""
-    path = find_file(data_dir, "alpaca/alpaca_data.json")
-    return [Row(*t) for t in texts_of(read_rows(path), path, ("instruction", "input", "output"))]
-
-
 class Task(NamedTuple):
     module: str                 # has read_training, prepare, score, score_predictions, report
     clients: int                # the paper's number of clients
     max_len: int                # tokens of the longest training sequence
 
-
 # PAPER SILENT: the longest sequences. What is longer is cut at its end, in the answer.
 TASKS = {"gsm8k": Task("eval", 3, 512), "rosetta": Task("tasks.code", 9, 1024),
          "dolly": Task("tasks.qa", 8, 1024)}
-
 
 def accuracy(predicted: list, gold: list) -> dict:
     """{"correct", "total", "accuracy"}; a prediction of None is wrong."""
@@ -116,14 +101,12 @@ def accuracy(predicted: list, gold: list) -> dict:
     correct = sum(p is not None and p == g for p, g in zip(predicted, gold, strict=True))
     return {"correct": correct, "total": len(gold), "accuracy": correct / len(gold)}
 
-
 # ---- examples -----------------------------------------------------------------------------------
 
 class Example(NamedTuple):
     ids: list[int]              # BOS, prompt, answer, EOS
     answer: int                 # ids[answer:] are the targets
     label: str = ""             # the row's
-
 
 def make_examples(rows: list[Row], tokenizer, max_len: int, what: str) -> list[Example]:
     """Rows as token ids of at most max_len. Prompt and answer are tokenised apart, so that the
@@ -145,12 +128,10 @@ def make_examples(rows: list[Row], tokenizer, max_len: int, what: str) -> list[E
               f"--max-len {max_len}", file=sys.stderr)
     return examples
 
-
 def digest_of(examples: list[Example]) -> str:
     """A fingerprint of training data: what a resumed run must find again."""
     flat = np.concatenate([np.array([e.answer, *e.ids], np.int32) for e in examples])
     return hashlib.sha256(flat.tobytes()).hexdigest()
-
 
 def partition(labels: list[str], clients: int, seed: int) -> list[list[int]]:
     """Index lists, one a client, every row in exactly one. Rows without labels: i.i.d., sizes
@@ -163,7 +144,6 @@ def partition(labels: list[str], clients: int, seed: int) -> list[list[int]]:
     if len(set(labels)) > 1:                            # Rosetta's languages, Dolly's categories
         return room("tasks.partition").by_label(labels, order, clients)
     return [chunk.tolist() for chunk in np.array_split(order, clients)]
-
 
 # ---- batches ------------------------------------------------------------------------------------
 
@@ -178,7 +158,6 @@ class Batch(NamedTuple):
     def to(self, device) -> "Batch":
         return Batch(*(t.to(device, non_blocking=True) for t in self))
 
-
 def collate(examples: list[Example]) -> Batch:
     width = max(len(e.ids) for e in examples) - 1           # the last token is only a target
     tokens = torch.zeros(len(examples), width, dtype=torch.int64)
@@ -191,7 +170,6 @@ def collate(examples: list[Example]) -> Batch:
     pad = [0] * (-len(rows) % 128)
     weights = torch.tensor([1 / len(rows)] * len(rows) + [0.0] * len(pad))
     return Batch(tokens, torch.tensor(rows + pad), torch.tensor(targets + pad), weights)
-
 
 class Shard:
     """One owner's examples: a view (an index list) of the examples that all shards share."""
@@ -219,7 +197,6 @@ class Shard:
             for b in rng.permutation(-(-len(examples) // size)):
                 yield collate(examples[b * size:(b + 1) * size])
 
-
 def training_examples(task: str, data_dir, tokenizer, max_len: int, hold_out: int = 0,
                       strip_annotations: bool = False) -> list[Example]:
     """A task's training file without its last `hold_out` rows. GSM8K's calculator annotations
@@ -233,7 +210,6 @@ def training_examples(task: str, data_dir, tokenizer, max_len: int, hold_out: in
         rows = [row._replace(output=re.sub("<<[^<>]*>>", "", row.output)) for row in rows]
     return make_examples(rows, tokenizer, max_len, f"{task}'s training data")
 
-
 def make_shards(task: str, data_dir, tokenizer, clients: int, max_len: int, seed: int,
                 hold_out: int = 0, strip_annotations: bool = False) -> list[Shard]:
     """The clients' training data of a task, one Shard a client."""
@@ -241,7 +217,8 @@ def make_shards(task: str, data_dir, tokenizer, clients: int, max_len: int, seed
     labels = [example.label for example in examples]
     return [Shard(examples, part) for part in partition(labels, clients, seed)]
 
-
 def make_public(data_dir, tokenizer, max_len: int) -> Shard:
-    """The server's public data."""
-    return Shard(make_examples(read_alpaca(data_dir), tokenizer, max_len, "the public data"))
+    """The server's public data, Alpaca's, the same for all tasks."""
+    path = find_file(data_dir, "alpaca/alpaca_data.json")
+    rows = [Row(*t) for t in texts_of(read_rows(path), path, ("instruction", "input", "output"))]
+    return Shard(make_examples(rows, tokenizer, max_len, "the public data"))

@@ -14,11 +14,15 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
+
+if __name__ == "__main__":      # Ctrl-C is one line also while PyTorch is imported
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped by Ctrl-C\n"), os._exit(130)))
 
 import torch
 
@@ -53,15 +57,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
 
-
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
 
 def kind_of(f) -> type:
     """A field's type, where `int | None` is int."""
     return next(k for k in (bool, int, float, str, Fraction) if k.__name__ in str(f.type))
-
 
 def share(text: str) -> Fraction:
     """What was typed, exactly: 0.2 is 1/5."""
@@ -71,7 +72,6 @@ def share(text: str) -> Fraction:
         raise ValueError(text) from None                    # argparse makes one line of it
     return value
 
-
 def checked(config: type, values: dict):
     """A configuration whose values have their fields' types, choices and ranges; else UserError."""
     known = {f.name: f for f in fields(config)}
@@ -80,10 +80,10 @@ def checked(config: type, values: dict):
             raise UserError(f"{flag(str(name)[:80])}: no such setting")
         f, kind = known[name], kind_of(known[name])
         least, most = f.metadata.get("least", 0), f.metadata.get("most", 10**9)
-        expected = None
+        expected = ""
         if value is None and "None" in str(f.type):
-            continue
-        if type(value) is not kind and not (kind is float and type(value) is int):
+            pass
+        elif type(value) is not kind and not (kind is float and type(value) is int):
             expected = kind.__name__
         elif value not in f.metadata.get("choices", (value,)):
             expected = f"one of {', '.join(f.metadata['choices'])}"
@@ -94,7 +94,6 @@ def checked(config: type, values: dict):
         if expected:
             raise UserError(f"{flag(name)} {value!r:.80}: expected {expected}")
     return config(**values)
-
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -120,18 +119,15 @@ class EvalConfig:
     dtype: str = option("auto", "of frozen weights", choices=("auto", "fp32", "bf16", "fp16"))
     threads: int = option(0, "CPU threads of every process (0: cores / processes)", most=4096)
 
-
 def pick_device(name: str) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     with expecting("a device that PyTorch can use here, such as cpu or auto", f"--device {name}"):
         torch.empty(1, device=name)
         return torch.device(name)
 
-
 def pick_dtype(name: str, device) -> torch.dtype:
     name = ("bf16" if torch.device(device).type == "cuda" else "fp32") if name == "auto" else name
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
 
 # ---- GSM8K --------------------------------------------------------------------------------------
 # An answer is read as the paper's evaluation reads it (Appendix A, the authors' code): the first
@@ -144,12 +140,10 @@ MARKER = re.compile(r"the answer is|####", re.IGNORECASE)
 GROUPED = "[0-9]{1,3}(?:[,\u00a0\u2009\u202f][0-9]{2,3})*[,\u00a0\u2009\u202f][0-9]{3}(?![0-9])"
 NUMBER = re.compile(rf"(?:(?<![\w)])-)?\$?(?:(?:{GROUPED}|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 
-
 def numbers(text: str) -> list[Decimal]:
     """Every number of a text, exactly; group separators, `$`, `%`, a final dot do not matter."""
     found = NUMBER.findall(text.replace("\u2212", "-"))                         # the minus sign
     return [Decimal(re.sub("[,$\u00a0\u2009\u202f]", "", n)) for n in found]
-
 
 def extract_number(text: str) -> Decimal | None:
     """A model's answer; None where there is none, also where a marker has no number behind it."""
@@ -158,17 +152,14 @@ def extract_number(text: str) -> Decimal | None:
     found = numbers(text[marker.end():] if marker else text)
     return found[0 if marker else -1] if found else None
 
-
 def read_pairs(data_dir, split: str) -> list[tuple[str, str]]:
     """Questions and worked answers, as they are in {split}.jsonl."""
     path = find_file(data_dir, f"gsm8k/{split}.jsonl")
     return texts_of(read_rows(path), path, ("question", "answer"))
 
-
 def read_training(data_dir) -> list[Row]:
     return [Row(question, "", answer.replace("####", "The answer is"))
             for question, answer in read_pairs(data_dir, "train")]
-
 
 def read_gold(cfg: EvalConfig) -> tuple[list[str], list[Decimal]]:
     """The questions that are scored, and what stands behind the last `####` of their answers."""
@@ -182,36 +173,27 @@ def read_gold(cfg: EvalConfig) -> tuple[list[str], list[Decimal]]:
         gold.append(found[0])
     return [question for question, _ in pairs], gold
 
-
 def prepare(cfg: EvalConfig) -> list[Path]:
     """Reads what `score` will need, so that a mistake ends before any training; its files."""
-    read_gold(cfg), worked_examples(cfg)
+    read_gold(cfg), cfg.shots and room("tasks.gsm8k").worked_examples(cfg.shots)
     return [Path(cfg.data_dir) / "gsm8k" / ("train.jsonl" if cfg.validate else "test.jsonl")]
-
 
 def score(lm: LM, tokenizer, cfg: EvalConfig, progress: str) -> dict:
     """Greedy chain of thought. Without shots the prompt is the training template's."""
     questions, gold = (part[-cfg.validate:][:cfg.eval_limit or None] for part in read_gold(cfg))
-    head = worked_examples(cfg)
+    head = room("tasks.gsm8k").worked_examples(cfg.shots) if cfg.shots else ""
     prompts = [f"{head}Q: {q}\nA:" if cfg.shots else prompt_of(q) for q in questions]
     ids = [[tokenizer.bos] + tokenizer.encode(prompt) for prompt in prompts]
     texts = generate(lm, ids, cfg.max_new_tokens or 256, tokenizer.ends, cfg.eval_batch,
                      progress=progress)
     return accuracy([extract_number(tokenizer.decode(text)) for text in texts], gold)
 
-
-def worked_examples(cfg: EvalConfig) -> str:
-    return room("tasks.gsm8k").worked_examples(cfg.shots) if cfg.shots else ""
-
-
 def score_predictions(cfg: EvalConfig) -> dict:
     return room("tasks.gsm8k").score_predictions(cfg)
-
 
 def report(result: dict):
     print(f"gsm8k: {result['correct']} of {result['total']} correct, accuracy "
           f"{result['accuracy']:.2%}")
-
 
 # ---- runs ---------------------------------------------------------------------------------------
 
@@ -222,7 +204,6 @@ def restore(server, state: dict, folder: Path):
     with expecting("what a run of this configuration learnt", folder):
         server.load_state_dict(state)
 
-
 def models_of_run(folder: Path, device, dtype) -> tuple[dict, object, object]:
     """(models by name, tokenizer, configuration) of a finished run."""
     from train import method_of, read_run                   # here: train.py imports this module
@@ -231,7 +212,6 @@ def models_of_run(folder: Path, device, dtype) -> tuple[dict, object, object]:
     server = method_of(cfg.method).Server(full, None, cfg)
     restore(server, {"learnt": read_saved(folder / "lora.pt")}, folder)
     return server.models(), tokenizer, cfg
-
 
 # ---- command line -------------------------------------------------------------------------------
 
@@ -248,9 +228,9 @@ class Command(EvalConfig):
     format: str = option("hf", "merged weights, or LoRA alone", choices=("hf", "meta", "peft"))
     json: bool = option(False, "print one JSON object")
 
-
 def main_guard(main):
     """Runs `main`; a user's mistake ends in one line and status 2, Ctrl-C likewise and 130."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main())
     except UserError as error:
@@ -260,14 +240,12 @@ def main_guard(main):
         print("stopped by Ctrl-C; what was saved stays", file=sys.stderr)
         sys.exit(130)
 
-
 def complete(lm: LM, tokenizer, args: Command) -> str:
     """Greedy completion of raw text after BOS, no template."""
     prompt = [tokenizer.bos] + tokenizer.encode(clean_text(args.prompt))
     ids = generate(lm, [prompt], args.max_new_tokens or 64, tokenizer.ends)[0]
     text, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + ids)
     return whole[len(text):]                # decoded together: the first piece keeps its space
-
 
 def main(argv=None) -> int:
     given, cfg = vars(Parser(__doc__, Command).parse_args(argv)), None
@@ -304,7 +282,6 @@ def main(argv=None) -> int:
             result = scorer.score(lm, tokenizer, args, args.task)
         print(json.dumps(result)) if args.json else scorer.report(result)
     return 0
-
 
 if __name__ == "__main__":
     main_guard(main)

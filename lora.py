@@ -15,7 +15,6 @@ from model import LM, Block
 # ones; these two are the authors' code's.
 TARGETS = ("wq", "wv")                  # ABLATE: what carries LoRA
 
-
 class LoRALinear(nn.Module):
     """y = W x + (alpha / r) B A x with W frozen. B = 0, so it starts as W.
 
@@ -35,7 +34,6 @@ class LoRALinear(nn.Module):
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, A), B)
 
-
 def twin_blocks(lm: LM) -> dict[int, Block]:
     """New blocks that share `lm`'s frozen tensors, so that LoRA can be put into them without
     changing `lm`."""
@@ -46,7 +44,6 @@ def twin_blocks(lm: LM) -> dict[int, Block]:
         twins[int(i)].load_state_dict(block.state_dict(keep_vars=True), assign=True)
         twins[int(i)].requires_grad_(False)
     return twins
-
 
 def add_lora(lm: LM, rank: int, alpha: float, generator: torch.Generator) -> LM:
     """A new LM that shares `lm`'s tensors and has LoRA on TARGETS in every block.
@@ -60,13 +57,11 @@ def add_lora(lm: LM, rank: int, alpha: float, generator: torch.Generator) -> LM:
             setattr(twin.attention, name, LoRALinear(base, rank, alpha, generator))
     return lm.with_layers(twins)
 
-
 def lora_tensors(lm: LM, layer_ids=None) -> dict[str, nn.Parameter]:
     """A and B by name (`layers.30.attention.wq.lora_A`), of `layer_ids` or of every layer."""
     return {f"layers.{i}.{name}": p for i, block in lm.layers.items()
             if layer_ids is None or int(i) in layer_ids
             for name, p in block.named_parameters() if ".lora_" in name}
-
 
 @torch.no_grad()
 def copy_into(own: dict[str, Tensor], tensors: dict[str, Tensor]):

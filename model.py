@@ -1,7 +1,5 @@
 """A LLaMA decoder by hand: Touvron et al. 2023 (arXiv 2302.13971, 2307.09288), with Meta's names.
-
-In order: files (read with checks, written whole or not at all); ModelConfig; Attention, Block, LM;
-Tokenizer, load (a checkpoint folder: mapped, strict); generate (in batches, with a cache).
+In order: files; ModelConfig; Attention, Block, LM; Tokenizer, load; generate.
 B sequences, T tokens, D dim, H query heads, G key/value heads, d = D / H, V vocabulary.
 
     from model import load
@@ -26,10 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-
 class UserError(ValueError):
     """A mistake of the user's, in one line: what was expected, what was found, what to try."""
-
 
 def room(name: str):
     """A module of a folder beside the core files; a fork may have deleted it."""
@@ -38,7 +34,6 @@ def room(name: str):
     except ModuleNotFoundError as error:
         raise UserError(f"this needs {name}, which is not in this copy of the project ({error}); "
                         f"add it again, or do without what needs it") from None
-
 
 # ---- files --------------------------------------------------------------------------------------
 
@@ -52,7 +47,6 @@ def expecting(what: str, where):
         text = getattr(error, "strerror", None) or text         # an OSError's, without its path
         raise UserError(f"{where}: expected {what}, found: {text:.300}") from None
 
-
 def open_file(path):
     """A regular file, open for reading bytes."""
     with expecting("a file that can be read", path):
@@ -63,13 +57,11 @@ def open_file(path):
             raise OSError("a pointer of Git LFS; get the file itself with `git lfs pull`")
         return file
 
-
 def read_bytes(path, most: int = 2**31) -> bytes:
     with open_file(path) as file:
         if (size := os.path.getsize(path)) > most:
             raise UserError(f"{path}: expected at most {most:,} bytes, found {size:,}")
         return file.read()
-
 
 def parse_json(text: str | bytes, where, what: str = "JSON"):
     """One JSON text, without NaN and Infinity; `where` and `what` it is are for the error."""
@@ -77,10 +69,8 @@ def parse_json(text: str | bytes, where, what: str = "JSON"):
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         return json.loads(text, parse_constant=int)             # int("NaN") is a ValueError
 
-
 def read_json(path, what: str = "JSON"):
     return parse_json(read_bytes(path, 2**26), path, what)
-
 
 def read_saved(path, mapped=False):
     """What torch.save wrote: no code in it is run, and no damaged byte passes."""
@@ -91,7 +81,6 @@ def read_saved(path, mapped=False):
                 raise ValueError("a record that is damaged or compressed")
         return torch.load(path, map_location="cpu", mmap=mapped and is_zip, weights_only=True)
 
-
 def read_pickle(path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's .pth or .bin file by name, mapped."""
     tensors = read_saved(path, mapped=True)
@@ -100,7 +89,6 @@ def read_pickle(path) -> dict[str, Tensor]:
             if type(name) is not str or t.layout != torch.strided or t.device.type != "cpu":
                 raise ValueError(f"{name!r:.80}, {t!r:.80}")
     return tensors
-
 
 @contextlib.contextmanager
 def replacing(path: Path):
@@ -117,7 +105,6 @@ def replacing(path: Path):
         raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', '') or error}); "
                         f"what was there before is unchanged") from None
 
-
 def write_file(path, fill):
     """`fill(binary file)`, whole or not at all."""
     with replacing(Path(path)) as part, open(part, "xb") as file:
@@ -125,10 +112,8 @@ def write_file(path, fill):
         file.flush()
         os.fsync(file.fileno())
 
-
 def write_json(path, content):
     write_file(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
-
 
 def write_folder(path, fill):
     """`fill(folder)`, whole or not at all; at `path` may be nothing but an empty folder."""
@@ -136,23 +121,19 @@ def write_folder(path, fill):
         part.mkdir()
         fill(part)
 
-
 def fingerprint(path) -> str:
     """sha256 of a file's size and of its first 64 MiB."""
     with open_file(path) as file:
         return hashlib.sha256(str(os.path.getsize(path)).encode() + file.read(2**26)).hexdigest()
 
-
 def clean_text(text: str) -> str:
     """Text that UTF-8 can hold: two surrogates become their character, a lone one U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
 
 # ---- configuration ------------------------------------------------------------------------------
 
 PARAMS_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps",
                "ffn_dim_multiplier", "rope_theta", "max_seq_len", "max_batch_size"}
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -202,7 +183,6 @@ class ModelConfig:
         return cls(p["dim"], p["n_layers"], p["n_heads"], p.get("n_kv_heads") or p["n_heads"],
                    p.get("vocab_size", -1), hidden, p["norm_eps"], p.get("rope_theta") or 10000.0)
 
-
 # ---- the decoder --------------------------------------------------------------------------------
 
 class RMSNorm(nn.RMSNorm):
@@ -211,13 +191,11 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:                        # (..., D) -> (..., D)
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
 
-
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotary embedding of x (B, T, H, d), Meta's layout: neighbours (2i, 2i+1) are one complex
     number, which is turned by its position's angle."""
     z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))    # (B, T, H, d/2)
     return torch.view_as_real(z * torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
-
 
 def remember(cache: Tensor, k: Tensor, v: Tensor, slots, mask):
     """Writes keys and values (B, G, T, d) into a block's cache (2, B, G, S, d) and returns those to
@@ -228,7 +206,6 @@ def remember(cache: Tensor, k: Tensor, v: Tensor, slots, mask):
     rows = torch.arange(len(slots), device=slots.device)
     cache[0, rows, :, slots], cache[1, rows, :, slots] = k[:, :, 0], v[:, :, 0]
     return cache[:, :, :, :mask.shape[-1]]
-
 
 class Attention(nn.Module):
     def __init__(self, c: ModelConfig):
@@ -253,7 +230,6 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)[:, :, None]
         return self.wo(y.transpose(1, 2).flatten(2))               # (B, T, D)
 
-
 class FeedForward(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -263,7 +239,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))            # SwiGLU
-
 
 class Block(nn.Module):
     """One pre-norm decoder layer: the unit that FedBiOT drops, freezes, ships and averages. It does
@@ -281,7 +256,6 @@ class Block(nn.Module):
         if rows is not None:
             x = x.flatten(0, 1)[rows]                               # (B, T, D) -> (N, D)
         return x + self.feed_forward(self.ffn_norm(x))              # each token on its own
-
 
 class LM(nn.Module):
     """Embeddings, some blocks, final norm and head. `layers` is keyed by the *full* model's layer
@@ -351,7 +325,6 @@ class LM(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:                        # (B, T) -> (B, T, V)
         return self.output(self.hidden(tokens))
 
-
 # ---- checkpoints --------------------------------------------------------------------------------
 
 class Tokenizer:
@@ -380,7 +353,6 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.pieces.decode(ids)
 
-
 def load_tokenizer(folder, config: ModelConfig) -> Tokenizer:
     """tokenizer.model of a checkpoint folder. In Hugging Face's, further ids may end a text."""
     is_hf = os.path.isfile(Path(folder) / "config.json")
@@ -391,7 +363,6 @@ def load_tokenizer(folder, config: ModelConfig) -> Tokenizer:
         if config.vocab_size not in (-1, tokenizer.vocab_size):
             raise UserError(f"{tokenizer.vocab_size} pieces, vocab_size {config.vocab_size}")
         return tokenizer
-
 
 def weight_files(folder: Path) -> list[tuple[Path, int, int]]:
     """(file, shard, of how many) of the folder's weights. Meta's shards hold parts of tensors."""
@@ -404,7 +375,6 @@ def weight_files(folder: Path) -> list[tuple[Path, int, int]]:
                         f"pytorch_model*.bin")
     return files
 
-
 def named_tensors(path: Path, config: ModelConfig):
     """(name in the file, Meta's name, tensor in Meta's layout): the names tell whose they are."""
     is_pickle = path.suffix != ".safetensors"
@@ -412,7 +382,6 @@ def named_tensors(path: Path, config: ModelConfig):
     if any(name.startswith(("model.", "lm_head.")) for name in tensors):
         return room("extras.huggingface").translated(path, tensors, config)
     return ((name, name, tensor) for name, tensor in tensors.items() if name != "rope.freqs")
-
 
 def part_of(name: str, shape, shard: int, parts: int) -> tuple:
     """Where in the whole tensor one of Meta's model-parallel shards stands: columns of wo, w2 and
@@ -422,7 +391,6 @@ def part_of(name: str, shape, shard: int, parts: int) -> tuple:
     dim = 1 if name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight")) else 0
     size = shape[dim] // parts
     return (slice(None),) * dim + (slice(shard * size, (shard + 1) * size),)
-
 
 @torch.no_grad()
 def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float32,
@@ -464,7 +432,6 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
                         f"{missing[0]} {list(whole[missing[0]].shape)}")
     return lm.take(state)
 
-
 def load(folder, layer_ids=None, dtype=torch.float32, device="cpu") -> tuple[LM, Tokenizer]:
     """The model and the tokenizer of a checkpoint folder, Meta's or Hugging Face's."""
     config = ModelConfig.read(folder)
@@ -473,11 +440,9 @@ def load(folder, layer_ids=None, dtype=torch.float32, device="cpu") -> tuple[LM,
         config = replace(config, vocab_size=tokenizer.vocab_size)
     return load_weights(folder, config, layer_ids, dtype, device), tokenizer
 
-
 # ---- generation ---------------------------------------------------------------------------------
 
 CACHE_BYTES = 2**32         # 4 GiB of cache leave a card of 24 GB room beside a model of 7B
-
 
 def generate_batch(lm: LM, prompts, max_new_tokens: int, ends: tuple, pick) -> list[list[int]]:
     """One batch of `generate`. Finished rows leave the batch once they are a quarter of it."""
@@ -513,7 +478,6 @@ def generate_batch(lm: LM, prompts, max_new_tokens: int, ends: tuple, pick) -> l
             x = lm.hidden(token[:, None], caches, slots, mask[:, None, None])[:, 0]
             slots = slots + 1
     return output.tolist()
-
 
 @torch.inference_mode()
 def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos, batch_size=0,

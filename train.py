@@ -12,12 +12,17 @@ import fcntl
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
+
+if __name__ == "__main__":      # Ctrl-C is one line also while PyTorch is imported
+    line = b"stopped by Ctrl-C\n" if os.environ.get("RANK", "0") == "0" else b""
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, line), os._exit(130)))
 
 import torch
 
@@ -35,7 +40,6 @@ METHODS = {"fedbiot": "fedbiot", "offsite": "baselines.offsite", "fedot": "basel
 
 PRESETS = {"paper": {}, "official-code": {"align_tokens": "all", "prox": 0.0, "align_renew": True,
                                           "uniform_weights": True}}
-
 
 # ---- flags --------------------------------------------------------------------------------------
 
@@ -56,17 +60,14 @@ class RunConfig(Config, EvalConfig):
     plan: bool = option(False, "print layers and costs, and exit")
     json: bool = option(False, "--plan as one JSON object")
 
-
 def method_of(name: str):
     """The module with the Server and the Client of a method."""
     return room(METHODS[name])
-
 
 def config_of(*methods: str) -> type:
     """RunConfig with the methods' own flags."""
     own = {f.name: (f.name, f.type, f) for m in methods for f in fields(method_of(m).Server.Flags)}
     return make_dataclass("MethodConfig", own.values(), bases=(RunConfig,), frozen=True)
-
 
 def parse(argv=None) -> RunConfig:
     """The flags of the method that `argv` names; another method's are noted, others refused."""
@@ -79,7 +80,6 @@ def parse(argv=None) -> RunConfig:
     if no_use:
         print(f"note: {method} has no use for {', '.join(map(flag, no_use))}", file=sys.stderr)
     return cfg
-
 
 def resolve(given: dict) -> RunConfig:
     """The whole configuration from the flags given: preset, then what the checkpoint suggests."""
@@ -105,11 +105,9 @@ def resolve(given: dict) -> RunConfig:
             raise UserError(text)
     return cfg
 
-
 def as_json(cfg) -> dict:
     return {name: str(value) if isinstance(value, Fraction) else value
             for name, value in asdict(cfg).items() if name not in ("resume", "plan", "json")}
-
 
 # ---- plan ---------------------------------------------------------------------------------------
 
@@ -128,7 +126,6 @@ def plan(config: ModelConfig, cfg: RunConfig) -> dict:
             "trainable_params": sum(p.numel() for p in client.tuned.values()),
             "comm_mb_per_round": sent / 1e6, "gmac_per_token": client.macs_per_token() / 1e9}
 
-
 def print_plan(p: dict, c: ModelConfig, cfg: RunConfig):
     def layers(name):
         return f"{len(p[name]):3d}   " + " ".join(map(str, p[name]))
@@ -143,12 +140,10 @@ def print_plan(p: dict, c: ModelConfig, cfg: RunConfig):
             "compute": f"{p['gmac_per_token']:.4g} GMAC a token at a client"}.items():
         print(f"{name:16}  {text}")
 
-
 # ---- run folder ---------------------------------------------------------------------------------
 
 COLUMNS = ("round", "client_loss", "align_l2", "align_kl", "bytes_down", "bytes_up", "seconds")
 FREE = {"out", "device", "client_timeout", "ckpt", "data_dir"}      # a resumed run may change these
-
 
 def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
     """The run's folder, made the moment it is chosen, so that no second run can choose it too. An
@@ -168,11 +163,11 @@ def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
             folder = folder if cfg.out else Path(f"runs/{name}-{number}")
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be made ({error.strerror})") from None
-    if last and last != folder and (cfg.resume or restarted and not is_finished(last)):
+    finished = last and (last / "summary.json").is_file()
+    if last and last != folder and (cfg.resume or restarted and not finished):
         folder.rmdir()
         return last
     return folder
-
 
 @contextlib.contextmanager
 def locked(folder: Path):
@@ -190,19 +185,13 @@ def locked(folder: Path):
         with contextlib.suppress(OSError):
             folder.rmdir()                                  # where nothing was written
 
-
-def is_finished(folder: Path) -> bool:
-    return (folder / "summary.json").is_file()
-
-
 def made_of(folder: Path) -> dict[str, str]:
     """Fingerprints that tie a run's configuration to what it learnt."""
     return {name: fingerprint(folder / name) for name in ("config.json", "lora.pt")}
 
-
 def read_run(folder: Path) -> RunConfig:
     """The configuration of a finished run, whose config.json and lora.pt are as it wrote them."""
-    if not is_finished(folder):
+    if not (folder / "summary.json").is_file():
         raise UserError(f"--run {folder}: expected the folder of a finished run; go on with "
                         f"train.py --resume --out {folder}")
     with expecting("config.json and lora.pt as the run wrote them", folder):
@@ -211,7 +200,6 @@ def read_run(folder: Path) -> RunConfig:
         values = read_json(folder / "config.json")
         values["dropout"] = Fraction(values["dropout"])
         return checked(config_of(values["method"]), values)
-
 
 def load_state(folder: Path, now: dict[str, str]) -> dict | None:
     """What the last finished round left, or None. `now` is what the run depends on, by name: flags,
@@ -227,14 +215,12 @@ def load_state(folder: Path, now: dict[str, str]) -> dict | None:
                         f"resume with the same, or choose another --out")
     return state
 
-
 def depends_on(cfg: RunConfig) -> dict[str, str]:
     """Flags, and fingerprints of test files and checkpoint, all read before the first step."""
     tests = room(TASKS[cfg.task].module).prepare(cfg)
     ckpt = [p for p in Path(cfg.ckpt).iterdir() if p.is_file() and p.name[0] != "."]
     flags = {flag(name): value for name, value in as_json(cfg).items() if name not in FREE}
     return flags | {path.name: fingerprint(path) for path in [*tests, *sorted(ckpt)]}
-
 
 def round_line(r: dict, rounds: int, accuracies) -> str:
     """One aligned line; numbers whose names begin alike (align_l2, align_kl) stand together."""
@@ -248,10 +234,8 @@ def round_line(r: dict, rounds: int, accuracies) -> str:
              f"{r['seconds']:.0f} s", *(f"{n} {r[n]:.1%}" for n in accuracies if n in r)]
     return " | ".join(parts)
 
-
 def megabytes(n: float) -> str:
     return f"{n / 1e6:.2f} MB" if n >= 1e4 else f"{n:.0f} B"
-
 
 def print_summary(summary: dict):
     print(f"\n{'model':10} {'accuracy':>9}   correct")
@@ -261,7 +245,6 @@ def print_summary(summary: dict):
           f"{megabytes(summary['bytes_up_per_client_round'])} up; "
           f"once: {megabytes(summary['bootstrap_bytes'])}; "
           f"{summary['trainable_params']:,} trainable parameters; {summary['seconds']:.0f} s")
-
 
 # ---- main ---------------------------------------------------------------------------------------
 
@@ -326,7 +309,6 @@ class Run:
         write_json(self.folder / "summary.json", summary)
         return summary
 
-
 def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
     """The server's side, and in one process the clients' too: from the data to the summary."""
     config, method = ModelConfig.read(cfg.ckpt), method_of(cfg.method)
@@ -360,7 +342,6 @@ def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
         log.finish_round(record)
     print_summary(log.finish(payload_bytes(bootstrap), costs["trainable_params"], device))
 
-
 def run(argv=None, processes=None) -> int:
     cfg = parse(argv)
     torch.set_num_threads(cfg.threads)
@@ -377,19 +358,17 @@ def run(argv=None, processes=None) -> int:
         processes.serve(cfg, device)                        # a client's process, until the end
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     folder = choose_folder(cfg, restarted)
-    if is_finished(folder):
+    if (folder / "summary.json").is_file():
         print(f"{folder}: this run is finished", file=sys.stderr)
-        return 0
-    with locked(folder):
-        serve(cfg, folder, costs, device, processes)
+    else:
+        with locked(folder):
+            serve(cfg, folder, costs, device, processes)
     return 0
-
 
 def main(argv=None) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:            # the wire between torchrun's processes
         return room("extras.torchrun").main(run, argv)
     return run(argv)
-
 
 if __name__ == "__main__":
     main_guard(main)
