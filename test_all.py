@@ -2,10 +2,10 @@
 
     python test_all.py [substring]          those whose names contain it
 
-The tests are plain functions in tests/, one file a room; pytest finds them too. Each name is a claim,
-and the first failure is the cause. Each `# kills:` names mutations of the code that the test was seen
-to die of. Oracles are independent: a slow form, an invariant, arithmetic by hand. No network, no GPU,
-nothing outside the repository.
+The tests are plain functions in tests/, one file a room; pytest finds them too. Each name is a
+claim, and the first failure is the cause. Each `# kills:` names mutations of the code that the test
+was seen to die of. Oracles are independent: a slow form, an invariant, arithmetic by hand. No
+network, no GPU, nothing outside the repository.
 """
 import importlib
 import os
@@ -25,7 +25,7 @@ WORKERS = 2
 
 
 def collected(substring: str) -> list[tuple[str, str]]:
-    """(module, test) of every `def test_…` in tests/, files in ORDER first; imports none of them."""
+    """(module, test) of every `def test_…` in tests/, files in ORDER first; imports none."""
     names = {path.stem.removeprefix("test_") for path in (HERE / "tests").glob("test_*.py")}
     found = []
     for name in [n for n in ORDER if n in names] + sorted(names.difference(ORDER)):

@@ -1,22 +1,21 @@
-"""benchmarks"""
+"""What the programs of benchmarks/ read of a run."""
 import contextlib
-import importlib.util
 import io
 
 import train
-from tests.common import HERE, folder, needs
+from tests.common import benchmark, folder, needs
 
 
 def test_curves_read_every_column_of_the_log():
     # kills: bytes of one direction; not cumulative; an empty cell read
-    spec = importlib.util.spec_from_file_location("plot", HERE / "benchmarks" / "plot.py")
-    plot = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plot)
+    plot = benchmark("plot")
+    first = {"round": 1, "client_loss": 2.0, "bytes_down": 3e6, "bytes_up": 1e6, "seconds": 1.0}
+    second = first | {"round": 2, "client_loss": 1.0, "bytes_up": 2e6, "adapfu": 0.5}
     with folder() as path:
-        train.write_log(path, [{"round": 1, "client_loss": 2.0, "bytes_down": 3e6, "bytes_up": 1e6, "seconds": 1.0},
-                               {"round": 2, "client_loss": 1.0, "bytes_down": 3e6, "bytes_up": 2e6, "seconds": 1.0, "adapfu": 0.5}])
+        train.write_log(path, [first, second])
         rows = plot.read_log(path)
-        assert plot.exchanged(rows) == ([1, 2], [4, 9]) and plot.column(rows, "adapfu") == ([2], [0.5])
+        assert plot.exchanged(rows) == ([1, 2], [4, 9])
+        assert plot.column(rows, "adapfu") == ([2], [0.5])
         assert plot.column(rows, "align_kl") == ([], [])
         needs("matplotlib")
         with contextlib.redirect_stdout(io.StringIO()):
