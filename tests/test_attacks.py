@@ -35,7 +35,7 @@ from tests.common import (
 # ---- kills and full disks -----------------------------------------------------------------------
 
 def test_killed_at_any_moment_nothing_is_lost():
-    # kills: the state's rows forgotten; a stopped evaluation never made up for
+    # kills: the rows of the state forgotten by a resumed run
     kill_test = benchmark("kill_test")
     with folder() as path, contextlib.redirect_stdout(io.StringIO()) as said:
         flags = small_run(path) + ["--rounds", 24, "--eval-every", 4]
