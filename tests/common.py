@@ -1,7 +1,7 @@
 """What the tests share: models with slow oracles, checkpoints, small data, runs and processes."""
 import contextlib
 import csv
-import importlib
+import importlib.util
 import io
 import json
 import math
@@ -45,6 +45,15 @@ def needs(*names):
     except ImportError as error:
         reason = f"{error.name} is not installed; see benchmarks/requirements.txt"
         raise Skip(reason) from None
+
+
+def benchmark(name: str):
+    """A program of benchmarks/, which is no package, as a module."""
+    path = HERE / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # ---- comparisons --------------------------------------------------------------------------------
@@ -379,6 +388,9 @@ def run_rounds(server, client, shards, **keywords):
 
 
 # ---- command lines and run folders --------------------------------------------------------------
+
+RUN_FILES = {"config.json", "log.csv", "state.pt", "lora.pt", "summary.json"}
+
 
 def cli(*argv, main=train.main) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of a command line, in this process."""

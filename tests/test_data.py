@@ -1,0 +1,216 @@
+"""Prompts, masks, partitions, batches, and the files that rows come from."""
+import contextlib
+import hashlib
+import io
+import json
+from collections import Counter
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+import data
+from tests.common import folder, gsm8k_folder, refused, tokenizer, toy_examples
+
+ROWS = [data.Row("Add 1 and 2.", "", "1+2=3\nThe answer is 3"),
+        data.Row("Translate.", "un deux", "one two"), data.Row("Say nothing.", "", ""),
+        data.Row("Odd: é ﷺ \t𝔘", "", "  ünï\n\n "), data.Row("</s> <s>", "", "</s>x<s>")]
+
+
+# ---- examples -----------------------------------------------------------------------------------
+
+def test_prompts_are_alpacas():
+    # kills: one more space
+    assert data.prompt_of("Do it.") == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nDo it.\n\n### Response:")
+    assert data.prompt_of("Do it.", "With this.") == (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nDo it.\n\n### Input:\nWith this.\n\n### Response:")
+
+
+def test_examples_are_bos_prompt_answer_eos():
+    # kills: BOS twice; no EOS; answer off by one
+    t = tokenizer()
+    for row, (ids, answer) in zip(ROWS, data.Examples(ROWS, t, 999, "rows")):
+        prompt = t.encode(data.prompt_of(row.instruction, row.input))
+        assert ids[:answer] == [t.bos] + prompt, "what evaluation will feed the model"
+        assert (ids.count(t.bos), ids.count(t.eos), ids[-1]) == (1, 1, t.eos)
+        assert t.decode(ids[answer:-1]) == row.output
+        assert t.decode(prompt) == data.prompt_of(row.instruction, row.input)
+
+
+def test_masks_are_right_at_the_token_level():
+    # kills: rows one late; N not padded; padding rows weighted
+    examples = list(data.Examples(ROWS, tokenizer(), 999, "rows"))
+    batch = data.collate(examples)
+    width, real = batch.tokens.shape[1], batch.weights > 0
+    wanted = [(b, t) for b, e in enumerate(examples) for t in range(e.answer, len(e.ids))]
+    found = [(r // width, r % width + 1) for r in batch.rows[real].tolist()]
+    assert found == wanted, "each token of the answer, EOS too, is predicted from the one before it"
+    assert batch.targets[real].tolist() == [examples[b].ids[t] for b, t in wanted]
+    for row, e in zip(batch.tokens, examples):
+        assert row[:len(e.ids) - 1].tolist() == e.ids[:-1]
+    assert width == max(len(e.ids) for e in examples) - 1
+    n = len(batch.rows)
+    assert n % 128 == 0 and n == len(batch.targets) == len(batch.weights)
+    assert torch.allclose(batch.weights[real], torch.tensor(1 / len(wanted)))
+    assert batch.weights.dtype == torch.float32 and (batch.weights[~real] == 0).all()
+    assert batch.rows.max() < batch.tokens.numel()
+
+
+def test_truncation_keeps_a_target_and_drops_with_a_count_what_would_have_none():
+    # kills: fits with <=; count not printed
+    t = tokenizer()
+    row = data.Row("Add 1 and 2, é.", "", "The answer is 3, and then a little more of it")
+    start = data.Examples([row], t, 999, "x")[0].answer
+    for extra in (1, 2, 5):
+        cut = data.Examples([row], t, start + extra, "x")[0]
+        assert (len(cut.ids), cut.answer) == (start + extra, start)
+        assert len(data.collate([cut]).weights) == 128
+    short = data.Row("A", "", "b")
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        kept = data.Examples([row, short, row], t, start, "the set")
+    assert len(kept) == 1 and kept.rows[0] == short and "the set: 2 of 3" in err.getvalue()
+    refused(lambda: data.Examples([row], t, start, "the set"), "the set", f"--max-len {start}")
+    refused(lambda: data.Examples([], t, 999, "the set"), "the set", "no rows")
+
+
+def test_a_row_fits_where_its_prompt_is_shorter_than_max_len():
+    # kills: a shortcut by bytes that lets too much through
+    t, short = tokenizer(), data.Row("A", "", "b")
+    for text, more in (("é" * 300, ""), ("ﷺ" * 9, "é" * 90), ("abc " * 9, "\u0301x"), ("", "")):
+        examples, fitting = data.Examples([short], t, 999, "x"), []
+        n = len(t.encode(data.prompt_of(text, more))) + 1
+        for examples.max_len in range(10, 600):
+            if examples.fits(data.Row(text, more, "x")):
+                fitting.append(examples.max_len)
+        assert fitting == list(range(max(n + 1, 10), 600)), (text, n)
+
+
+# ---- partitions and batches ---------------------------------------------------------------------
+
+def test_partition_is_iid_without_labels():
+    # kills: array_split of unshuffled rows
+    parts = data.partition([""] * 7473, 3, 0)
+    assert [len(p) for p in parts] == [2491] * 3 and sorted(sum(parts, [])) == list(range(7473))
+    assert abs(np.mean(parts[0]) - 3736) < 200, "i.i.d., not consecutive"
+    assert [len(p) for p in data.partition([""] * 11, 4, 0)] == [3, 3, 3, 2]
+    assert parts == data.partition([""] * 7473, 3, 0) != data.partition([""] * 7473, 3, 1)
+
+
+def test_partition_is_by_label_where_there_are_labels():
+    # kills: smallest label lost; largest not split
+    labels = "a" * 10 + "b" * 7 + "cc" + "d"
+    for clients, expected in ((4, ["a" * 10, "b" * 7, "cc", "d"]), (3, ["a" * 10, "b" * 7, "ccd"]),
+                              (5, ["aaaaa", "aaaaa", "b" * 7, "cc", "d"]), (1, [labels])):
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            parts = data.partition(list(labels), clients, 0)
+        assert sorted("".join(sorted(labels[i] for i in p)) for p in parts) == expected, clients
+        assert sorted(sum(parts, [])) == list(range(20))
+        assert ("4 labels" in err.getvalue()) == (clients < 4)
+    for clients in (0, 21):
+        refused(lambda: data.partition(list(labels), clients, 0), f"--clients {clients}", "1..20")
+
+
+def drawn(shard, *args):
+    """Which examples each batch holds, by the token that tells them apart."""
+    return [tuple(row[1].item() - 3 for row in b.tokens) for b in shard.batches(*args)]
+
+
+def test_batches_depend_only_on_their_key():
+    # kills: global generator; key without the round; key without the client
+    examples = toy_examples()
+    shard, twin = (data.Shard(examples, list(range(5, 25))) for _ in range(2))
+    before = drawn(shard, 7, 4, (0, 3, 1))
+    torch.manual_seed(5), np.random.seed(5), drawn(shard, 3, 4, (0, 3, 2))
+    assert before == drawn(shard, 7, 4, (0, 3, 1)) == drawn(twin, 7, 4, (0, 3, 1))
+    others = [drawn(shard, 7, 4, key) for key in ((0, 3, 2), (0, 4, 1), (1, 3, 1), (3, 0, 1))]
+    assert all(other != before for other in others)
+
+
+def test_batches_pass_over_all_examples_in_windows_of_like_length():
+    # kills: drawn with replacement; not sorted; batches in order of length; a window of several
+    # passes; steps 0 an error
+    examples = toy_examples(90, longest=120)
+    shard = data.Shard(examples, list(range(10, 90)))
+    batches = drawn(shard, 40, 4, (0, 0, 0))
+    assert [len(b) for b in batches] == [4] * 40
+    assert Counter(sum(batches, ())) == dict.fromkeys(range(10, 90), 2)
+    assert Counter(sum(batches[:20], ())) == dict.fromkeys(range(10, 90), 1)
+
+    def padding(batches):
+        lengths = [[len(examples[i].ids) for i in b] for b in batches]
+        return sum(max(n) * len(n) - sum(n) for n in lengths)
+    plain = np.random.default_rng(0).permutation(range(10, 90)).reshape(20, 4).tolist()
+    assert padding(batches[:20]) < 0.4 * padding(plain)
+    widths = [max(len(examples[i].ids) for i in b) for b in batches[:10]]
+    up = sorted(widths)
+    assert widths not in (up, up[::-1]), "short ones first would be a curriculum"
+    small = data.Shard(examples, [3, 4, 5])
+    assert [sorted(b) for b in drawn(small, 4, 10, (0, 0, 0))] == [[3, 4, 5]] * 4
+    assert drawn(small, 0, 10, (0, 0, 0)) == []
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+def test_official_files_become_rows():
+    # kills: #### kept
+    with folder() as path:
+        gsm8k_folder(path)
+        train, test = data.read_gsm8k(path), data.read_gsm8k(path, "test")
+        assert train[3] == ("What is 3 and 3?", "", "3+3=<<3+3=6>>6\nThe answer is 6", "")
+        assert (len(train), len(test)) == (30, 4)
+        assert data.read_alpaca(path)[1] == ("Repeat 1.", "twice", "1 1", "")
+        shards = data.make_shards("gsm8k", path, tokenizer(), 3, 512, 0)
+        assert [len(s) for s in shards] == [10] * 3
+        assert len(data.make_public(path, tokenizer(), 512)) == 25
+
+
+def test_malformed_data_names_the_file_and_the_line():
+    # kills: blank lines not counted; fields unchecked
+    good = b'{"question": "q", "answer": "#### 1"}\n'
+    with folder() as path:
+        gsm8k_folder(path)
+        for text, *words in ((good + b'\n{"question": \n' + good, "train.jsonl, line 3"),
+                             (good + b"3\n", "train.jsonl", "line 2", "int"),
+                             (good * 4 + b'{"question": "q"}', "train.jsonl", "row 5", "'answer'"),
+                             (good + b'{"question": "q", "answer": 1}', "train.jsonl", "row 2"),
+                             (b"", "no rows"), (b"\n\n", "no rows"),
+                             (b"[" * 10**6, "train.jsonl", "line 1"),
+                             (b"\xff\xfe{", "train.jsonl", "UTF-8")):
+            (path / "gsm8k" / "train.jsonl").write_bytes(text)
+            refused(lambda: data.make_shards("gsm8k", path, tokenizer(), 1, 512, 0), *words)
+        for text, *words in (("{}", "array"), ("[1]", "row 1"), ("[", "malformed"),
+                             ("[{}]", "'instruction'"), ("[]", "no rows")):
+            (path / "alpaca" / "alpaca_data.json").write_text(text)
+            refused(lambda: data.make_public(path, tokenizer(), 512), *words)
+        (path / "x.jsonl.gz").write_bytes(b"\x1f\x8b\x08junk")
+        refused(lambda: data.read_rows(path / "x.jsonl.gz"), "x.jsonl.gz")
+
+
+def test_missing_files_are_fetched_once_checked_and_renamed():
+    # kills: checksum not compared; rows not counted; written in place; the user's own file replaced
+    name, content = "gsm8k/train.jsonl", b'{"question": "q", "answer": "#### 1"}\n'
+    sha = hashlib.sha256(content).hexdigest()
+
+    def offered(url, check):
+        return patch.dict(data.SOURCES, {name: (url, check)})
+    with folder() as path, contextlib.redirect_stderr(io.StringIO()):
+        (path / "origin").write_bytes(content)
+        url = (path / "origin").as_uri()
+        for check in (sha, 1, None):
+            with offered(url, check), folder() as target:
+                assert data.find_file(target, name).read_bytes() == content
+                assert [p.name for p in (target / "gsm8k").iterdir()] == ["train.jsonl"]
+        for check, word in (("0" * 64, "sha256"), (7, "rows: 7")):
+            with offered(url, check), folder() as target:
+                refused(lambda: data.find_file(target, name), word, url)
+                assert list((target / "gsm8k").iterdir()) == []
+                (target / name).write_text("mine")          # what the user placed is used as it is
+                assert data.find_file(target, name).read_text() == "mine"
+        dead = "http://127.0.0.1:9/train.jsonl"             # the discard port: refused at once
+        with offered(dead, sha), folder() as target:
+            refused(lambda: data.find_file(target, name), dead, target / name)
+        refused(lambda: data.find_file(path, "helm_qa/none.jsonl"), path / "helm_qa/none.jsonl")

@@ -1,0 +1,117 @@
+"""GSM8K's answers, predictions and prompts; completing a prompt on the command line."""
+import json
+import re
+from decimal import Decimal
+from unittest.mock import patch
+
+import data
+import eval as evaluation
+import model
+from tests.common import (
+    cli, folder, gsm8k_folder, meta_folder, one_line, refused, tiny_lm, tokenizer,
+)
+
+# a text, and the number that it answers
+ANSWERS = [
+    ("The answer is 18", "18"), ("So 3 and 4. The answer is 18. Then 5", "18"), ("#### 18.0", "18"),
+    ("#### 7\nThe answer is 8", "7"), ("The answer is 8 #### 7", "8"), ("####18", "18"),
+    ("The answer is unclear", None), ("5 apples. The answer is", None), ("3 and then 4", "4"),
+    ("no number", None), ("", None), ("The answer is $1,234.50.", "1234.5"),
+    ("The answer is 1,234,567", "1234567"), ("it is 42%", "42"), ("The answer is -5", "-5"),
+    ("The answer is -$5", "-5"), ("The answer is $-5", "-5"), ("660-36=624", "624"), ("5-3", "3"),
+    ("The answer is: \n 7 km", "7"), ("The answer is 1, 2", "1"), ("The answer is 0.10", "0.1"),
+    ("The answer is .5", "0.5"), ("The answer is -.5", "-0.5"), ("x2 costs 3.", "3"),
+    ("#### 12345678901234567890.10", "12345678901234567890.1"),
+]
+
+
+def test_answers_are_extracted_by_the_papers_rules():
+    # kills: last number after a marker; marker without a number falls back; commas split; every
+    # hyphen a sign
+    for text, number in ANSWERS:
+        found = evaluation.extract_number(text)
+        assert found == (number and Decimal(number)), (text, found)
+
+
+def test_numbers_are_compared_as_numbers_and_a_missing_one_is_wrong():
+    # kills: string comparison; None == None counts
+    predicted, gold = [Decimal("18.0"), None, None, Decimal(3)], [Decimal(18), Decimal(1), None, 4]
+    assert evaluation.accuracy(predicted, gold) == {"correct": 1, "total": 4, "accuracy": 0.25}
+
+
+def test_a_file_of_predictions_is_scored_by_its_indices():
+    # kills: indices ignored; duplicates let through
+    with folder() as path:
+        gsm8k_folder(path)
+        file = path / "p.jsonl"
+
+        def score(*rows):
+            file.write_text("\n".join(json.dumps(r) for r in rows))
+            return evaluation.score_gsm8k_predictions(file, path)
+        found = score({"index": 3, "text": "The answer is 6.0"}, {"index": 1, "text": "it is 3"},
+                      {"index": 2, "text": "4"})
+        assert found == {"correct": 2, "total": 3, "accuracy": 2 / 3}
+        good = {"index": 0, "text": "0"}
+        for bad in ({"index": 4, "text": ""}, {"index": -1, "text": ""}, {"text": "1"},
+                    {"index": True, "text": "1"}):
+            refused(lambda: score(good, bad), "row 2", "0..3")
+        refused(lambda: score(good, good), "row 2", "once")
+        refused(lambda: score({"index": 0}), "'text'")
+
+
+def test_worked_examples_are_eight_and_end_as_the_extraction_wants():
+    # kills: #### left in
+    for shots in (0, 1, 8):
+        text = evaluation.gsm8k_shots(shots)
+        ends = re.findall(r"The answer is \d+\.\n\n", text)
+        assert text.count("Q: ") == text.count("\nA: ") == len(ends) == shots
+        assert "####" not in text
+    refused(lambda: evaluation.gsm8k_shots(9), "--shots 9", "0..8")
+
+
+def test_scoring_a_model_prompts_like_training_and_counts_by_hand():
+    # kills: prompt without BOS
+    t, lm, seen = tokenizer(), tiny_lm(vocab_size=1024), []
+
+    def fake(lm, ids, new, eos, size, **_):
+        seen.extend(ids)
+        assert (new, eos, size) == (7, t.eos, 2)
+        return [t.encode(f"The answer is {2 * i if i != 3 else 5}") for i in range(len(ids))]
+    with folder() as path:
+        gsm8k_folder(path, test_rows=6)
+        opts = evaluation.parse_args(["--data-dir", str(path), "--limit", "5", "--batch-size", "2",
+                                      "--max-new-tokens", "7", "--shots", "0"])
+        with patch.object(evaluation, "generate", fake):
+            found = evaluation.evaluate(lm, t, "gsm8k", opts)
+        assert found == {"correct": 4, "total": 5, "accuracy": 0.8}
+        prompts = [data.prompt_of(f"What is {i} and {i}?") for i in range(5)]
+        assert seen == [[t.bos] + t.encode(prompt) for prompt in prompts]
+        assert evaluation.evaluate(lm, t, "gsm8k", opts)["total"] == 5
+
+
+def test_prompts_are_completed_on_stdout_and_nothing_else():
+    # kills: the prompt printed too; a template around it
+    t, lm = tokenizer(), tiny_lm(vocab_size=1024)
+    with folder() as path:
+        meta_folder(path / "c", lm, tokenizer=True)
+        argv = ("--ckpt", path / "c", "--max-new-tokens", 9, "--threads", 1, "--dtype", "fp32")
+        status, out, err = cli("--prompt", "Once upon", *argv, main=evaluation.main)
+        prompt = [t.bos] + t.encode("Once upon")
+        ids = model.generate(lm, [prompt], 9, t.eos)[0]
+        assert (status, err) == (0, "")
+        assert out == t.decode(prompt + ids)[len("Once upon"):] + "\n"
+
+
+def test_a_checkpoint_is_scored_on_the_command_line():
+    # kills: notes among the JSON on stdout; status 0 or two lines for a user's mistake
+    with folder() as path:
+        meta_folder(path / "c", tiny_lm(vocab_size=1024), tokenizer=True)
+        argv = ("--task", "gsm8k", "--ckpt", path / "c", "--json")
+        status, out, err = cli(*argv, "--limit", 1, "--max-new-tokens", 2, "--shots", 1,
+                               main=evaluation.main)
+        assert status == 0 and json.loads(out)["total"] == 1, err
+        for bad in (("--prompt", "x", "--ckpt", path / "none"), ("--limit", "-1"),
+                    ("--task", "gsm8k", "--predictions", path / "no")):
+            answer = cli(*bad, main=evaluation.main)
+            one_line(answer)
+            assert answer[1] == "", bad

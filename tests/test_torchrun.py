@@ -1,0 +1,267 @@
+"""A run over several processes: the same bits, bounded memory, errors, slow and killed ranks."""
+import gc
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from unittest.mock import patch
+
+import torch
+
+import fedbiot
+import train
+from tests.common import (
+    HERE, RUN_FILES, assert_same_run, cli, errors_in, fast_scores, folder, free_port, ranks,
+    read_json, read_log, read_saved, same, small_run, tiny_lm,
+)
+
+
+# ---- the same bits ------------------------------------------------------------------------------
+
+def first_rank_is_slow():
+    original = fedbiot.Client.update
+
+    def update(self, t, *args):
+        time.sleep(0.3 if os.environ["RANK"] == "1" else 0)
+        return original(self, t, *args)
+    fedbiot.Client.update = update
+
+
+def test_more_processes_give_the_same_bits():
+    # kills: summed as they arrive; the same client twice; a client's number by its rank; header
+    # counted as payload
+    with folder() as path, fast_scores():
+        flags = small_run(path) + ["--rounds", 2]
+        for world, clients, per_round in ((3, 5, 0), (4, 2, 0), (3, 6, 1)):
+            argv = *flags, "--clients", clients, "--clients-per-round", per_round
+            one, many = path / f"one-{clients}", path / f"many-{clients}"
+            assert cli(*argv, "--out", one)[0] == 0
+            statuses, texts = ranks(path, world, *argv, "--out", many, change=first_rank_is_slow)
+            assert statuses == [0] * world, texts
+            assert "round 2" in texts[0] and not any(texts[1:]), "only rank 0 prints"
+            assert_same_run(many, one)
+
+
+def test_every_method_runs_over_processes():
+    # kills: no expected() for a method; FedTT+ on a rank that missed a round; tensors of an unknown
+    # dtype
+    with folder() as path, fast_scores():
+        flags = small_run(path) + ["--rounds", 2]
+        for method, *more in (["offsite", "--clients", 1, "--adapter", 1],
+                              ["fedavg", "--clients", 2], ["fedkseed-pro", "--clients", 2],
+                              ["fedtt+", "--clients", 2],
+                              ["fedpt", "--clients", 2, "--proxy-ckpt", path / "ckpt",
+                               "--proxy-steps", 2]):
+            argv, one, three = (*flags, "--method", method, *more), path / method, path / "three"
+            status, _, err = cli(*argv, "--out", one)
+            assert status == 0, err
+            statuses, texts = ranks(path, 3, *argv, "--out", three / method)
+            assert statuses == [0] * 3, texts
+            assert_same_run(one, three / method)
+
+
+def test_two_hosts_over_loopback():
+    # kills: ranks counted a host
+    with patch.dict(os.environ, WORLD_SIZE="6", LOCAL_WORLD_SIZE="3"):
+        assert train.local_processes() == 3
+    with folder() as path:
+        flags = small_run(path) + ["--rounds", "1", "--eval-limit", "1", "--out"]
+        argv = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node",
+                "1", "--master-addr", "127.0.0.1", "--master-port", free_port(), "--node-rank"]
+        hosts = [subprocess.Popen([*argv, rank, HERE / "train.py", *flags, path / "two"], text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                 for rank in "01"]
+        try:
+            texts = [host.communicate(timeout=120) for host in hosts]
+        finally:
+            for host in hosts:
+                host.kill()
+        assert [host.returncode for host in hosts] == [0, 0], texts
+        assert "round 1 |" in texts[0][0] and not texts[1][0]
+        assert cli(*flags, path / "one")[0] == 0
+        assert_same_run(path / "one", path / "two")
+
+
+# ---- what a client's rank holds -----------------------------------------------------------------
+
+def bare_clients(path):
+    """The flags of the ranks 1, 2, …: a checkpoint without its weights."""
+    shutil.copytree(path / "ckpt", path / "bare", ignore=shutil.ignore_patterns("*.pth"))
+    return lambda rank: ["--ckpt", path / "bare"] if rank else []
+
+
+def says_what_it_holds():
+    original = fedbiot.Client.update
+
+    def update(self, *args):
+        done = original(self, *args)
+        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        storages = [t.untyped_storage() for t in tensors if t.device.type != "meta"]
+        held = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+        os.write(1, f"holds {held}\n".encode())
+        return done
+    fedbiot.Client.update = update
+
+
+def test_a_client_rank_holds_the_compressed_model_and_no_more():
+    # kills: what was received kept beside the model; dropped layers in the bootstrap
+    with folder() as path:
+        flags = small_run(path) + ["--rounds", 1]
+        statuses, texts = ranks(path, 2, *flags, "--out", path / "run", own=bare_clients(path),
+                                change=says_what_it_holds)
+        assert statuses == [0, 0], texts
+        summary = read_json(path / "run" / "summary.json")
+    held = max(map(int, re.findall(r"holds (\d+)", texts[1])))
+    least, lora = summary["bootstrap_bytes"], summary["bytes_down_per_client_round"]
+    whole = 4 * sum(t.numel() for t in tiny_lm(vocab_size=1024).state_dict().values())
+    assert least <= held < least + 7 * lora < whole, (held, summary, whole)
+
+
+def test_a_client_rank_needs_no_weights():
+    # kills: load() on every rank
+    with folder() as path, fast_scores():
+        flags = small_run(path) + ["--rounds", 1, "--dtype", "bf16"]
+        assert cli(*flags, "--out", path / "one")[0] == 0
+        statuses, texts = ranks(path, 2, *flags, "--out", path / "two", own=bare_clients(path))
+        assert statuses == [0, 0], texts
+        assert_same_run(path / "one", path / "two")
+
+
+# ---- errors, slow and hostile ranks -------------------------------------------------------------
+
+def test_an_error_on_any_rank_ends_all_in_one_line():
+    # kills: rank 0 waits for ever; every rank prints; the others end with status 0
+    with folder() as path:
+        flags = small_run(path) + ["--rounds", 1, "--out", path / "run"]
+        no_folder = path / "ckpt" / "params.json"
+        for wrong, argv, *words in (((0, 1, 2), ["--rank", 0], "--rank 0"),
+                                    ((2,), ["--data-dir", no_folder], "train.jsonl"),
+                                    ((1,), ["--lr", 0.5], "rank 1", "--lr 0.5", "0.001"),
+                                    ((0, 1, 2), ["--lr", 1e30], "client", "--lr")):
+            statuses, texts = ranks(path, 3, *flags, own=lambda r: argv if r in wrong else [])
+            assert statuses == [2, 2, 2], texts
+            error, = errors_in(texts)
+            assert all(word in error for word in words), error
+
+
+def second_client_is_very_slow():
+    original, seconds = fedbiot.Client.update, {(0, 1): 4, (1, 0): 2}
+
+    def update(self, t, payload, shard, m):
+        time.sleep(seconds.get((t, m), 0))                  # round 2 sees round 1's late answer
+        return original(self, t, payload, shard, m)
+    fedbiot.Client.update = update
+
+
+def test_a_slow_client_is_left_out_of_the_round():
+    # kills: waits for it; its weight still in the average; the client never comes back
+    original = fedbiot.Wire.round
+
+    def without_one(self, t, payload, client, shards, chosen, expected):
+        chosen = [m for m in chosen if (t, m) != (0, 1)]
+        return original(self, t, payload, client, shards, chosen, expected)
+    with folder() as path, fast_scores():
+        flags = small_run(path) + ["--rounds", 2, "--client-timeout", 3]
+        with patch.object(fedbiot.Wire, "round", without_one):
+            assert cli(*flags, "--out", path / "one")[0] == 0
+        statuses, texts = ranks(path, 4, *flags, "--out", path / "four",
+                                change=second_client_is_very_slow)
+        assert statuses[0] == 0, texts
+        assert float(read_log(path / "four")[0]["seconds"]) < 3.9, "not waited for"
+        line = "round 1, client 1: left out, no upload within --client-timeout 3 s"
+        assert re.findall("^.*left out.*$", texts[0], re.M) == [line], texts[0]
+        assert_same_run(path / "one", path / "four")
+
+
+def second_client_claims_a_giant():
+    original = train.header_of
+
+    def header_of(upload):
+        return [[name, dtype, [10**9, *shape]] for name, dtype, shape in original(upload)]
+    if os.environ["RANK"] == "2":
+        train.header_of = header_of
+
+
+def test_what_a_header_claims_is_not_allocated():
+    # kills: memory for whatever a client says that it sends; the next order never heard
+    with folder() as path:
+        flags = small_run(path) + ["--rounds", 2]
+        statuses, texts = ranks(path, 4, *flags, "--out", path / "run",
+                                change=second_client_claims_a_giant)
+        assert statuses == [0] * 4, texts
+        lines = re.findall("^round . client 1: rejected.*$", texts[0].replace(",", ""), re.M)
+        assert len(lines) == 2 and all("1000000000" in line for line in lines), texts[0]
+
+
+# ---- stopped and killed -------------------------------------------------------------------------
+
+def lingers_in_the_second_round():
+    original = fedbiot.Client.update
+
+    def update(self, t, *args):
+        if t:
+            os.write(1, b"lingers\n")
+            time.sleep(60)
+        return original(self, t, *args)
+    fedbiot.Client.update = update
+
+
+def test_ctrl_c_is_one_line_state_kept_and_status_130():
+    # kills: a traceback; every rank prints; status 1; a rank that waits for ever; the round under
+    # way saved half
+    def interrupt(jobs):
+        while not any("lingers" in log.read_text() for log in path.glob("log*")):
+            assert all(job.is_alive() for job in jobs), (path / "log0").read_text()
+            time.sleep(0.02)
+        for job in jobs:
+            os.kill(job.pid, signal.SIGINT)
+    for world in (1, 3):
+        with folder() as path, fast_scores():
+            flags, run = small_run(path) + ["--rounds", 300, "--eval-every", 1], path / "run"
+            statuses, texts = ranks(path, world, *flags, "--out", run, then=interrupt,
+                                    change=lingers_in_the_second_round)
+            lines = re.findall(".*(?:[Ee]rror|Traceback|stopped).*", "\n".join(texts))
+            assert lines == ["stopped by Ctrl-C; what was saved stays"], texts
+            assert statuses == [130] * world
+            saved, rows = read_saved(run / "state.pt"), read_log(run)
+            assert saved["rows"] and len(saved["rows"]) - len(rows) in (0, 1)
+            assert {p.name for p in run.iterdir()} <= RUN_FILES
+            rounds = len(saved["rows"])
+            assert cli(*flags, "--rounds", rounds, "--out", path / "whole")[0] == 0
+            assert same(read_saved(path / "whole" / "lora.pt"), saved["server"]["learnt"])
+
+
+KILLS_ITSELF = """
+import os, signal, sys
+sys.path[:0] = [{here!r}]
+import fedbiot, train
+from eval import main_guard
+from tests.common import fast_scores
+update = fedbiot.Client.update
+def dies(self, t, *args):
+    if (t, os.environ["TORCHELASTIC_RESTART_COUNT"]) == (1, "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(self, t, *args)
+fedbiot.Client.update = dies
+with fast_scores():
+    main_guard(train.main)
+"""
+
+
+def test_torchrun_restarts_a_killed_client_from_the_last_round():
+    # kills: a restart refuses the folder that exists; starts at round 0; loses a row
+    with folder() as path, fast_scores():
+        free_port()
+        flags = small_run(path) + ["--rounds", "2", "--out"]
+        assert cli(*flags, path / "one")[0] == 0
+        (path / "dies.py").write_text(KILLS_ITSELF.format(here=str(HERE)))
+        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                "2", "--max-restarts", "2", path / "dies.py", *flags, path / "two"]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        for line in ("round 1 |", "round 2 |"):
+            assert done.stdout.count(line) == 1, done.stdout
+        assert_same_run(path / "one", path / "two")

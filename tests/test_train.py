@@ -1,0 +1,342 @@
+"""Training's command line: the plan, presets, mistakes, the run folder, resuming."""
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from fractions import Fraction
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+
+import eval as evaluation
+import fedbiot
+import train
+from tests.common import (
+    HERE, RUN_FILES, assert_same_run, cli, fast_scores, folder, meta_folder, needs, off, one_line,
+    read_json, read_log, read_saved, refused, same, scored, small_run, tiny_lm,
+)
+
+LLAMA_2_7B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-5,
+              "vocab_size": -1}
+
+
+# ---- the plan -----------------------------------------------------------------------------------
+
+def planned(*argv) -> dict:
+    status, out, err = cli(*argv, "--plan", "--json")
+    assert (status, err) == (0, ""), err
+    return json.loads(out)
+
+
+def test_plan_prints_table_5_from_params_json_alone():
+    # kills: L_bp = all; only one direction counted; LoRA left out of P
+    with folder() as path:
+        (path / "params.json").write_text(json.dumps(LLAMA_2_7B))
+        for beta, s, emulator, millions, gmac, mb in (
+                (".2", 2, 24, .262, 5.47, 14.68), ("0.2", 4, 22, .524, 5.87, 15.73),
+                ("1/2", 2, 15, .262, 3.65, 9.96), ("0.5", 4, 14, .524, 4.25, 11.53)):
+            argv = ("--ckpt", path, "--task", "gsm8k", "--dropout", beta, "--adapter", s)
+            plan = planned(*argv)
+            kept, dropped, adapter = (plan[f"{k}_layers"] for k in ("kept", "dropped", "adapter"))
+            assert len(kept) == emulator and adapter == list(range(32 - s, 32))
+            assert sorted(kept + dropped + adapter) == list(range(32))
+            assert plan["trainable_params"] == s * 131072
+            assert round(plan["trainable_params"] / 1e6, 3) == millions
+            assert round(plan["comm_mb_per_round"], 2) == mb
+            assert round(plan["gmac_per_token"], 2) == gmac
+            status, table, err = cli(*argv, "--plan")
+            assert (status, err) == (0, "") and f"{mb:.2f} MB" in table
+            assert f"{s * 131072:,}" in table
+
+
+def test_plan_counts_grouped_keys_and_values():
+    # kills: a square wk and wv for every model
+    with folder() as path:
+        (path / "params.json").write_text(json.dumps({**LLAMA_2_7B, "n_kv_heads": 8}))
+        plan = planned("--ckpt", path, "--adapter", 2)
+    lora = 8 * (3 * 4096 + 1024)                            # A of wq and wv, B of wq, B of wv
+    layer = 2 * 4096**2 + 2 * 1024 * 4096 + 3 * 4096 * 11008 + lora
+    assert plan["trainable_params"] == 2 * lora
+    assert math.isclose(plan["gmac_per_token"], (26 + 2 - 1) * layer / 1e9)
+
+
+def test_plan_of_the_other_methods_is_table_5_and_its_rules():
+    # kills: s for 2 s; backward through the adapter only; a FedTT adapter in P left out; a backward
+    # for FedKSeed
+    layer = 4 * 4096**2 + 3 * 4096 * 11008                  # one of LLaMA-2-7B's, without LoRA
+    whole = 32 * (layer + 2 * 4096) + 4096 + 2 * 32000 * 4096
+    lora, tt = 131_072, 32 * 4 * 1100
+    with folder() as path:
+        (path / "params.json").write_text(json.dumps(LLAMA_2_7B))
+        (path / "small").mkdir()
+        small = LLAMA_2_7B | {"n_layers": 4, "vocab_size": 32000}
+        (path / "small" / "params.json").write_text(json.dumps(small))
+
+        def plan(*argv):
+            return planned("--ckpt", path, *argv)
+        for method in ("fedot", "offsite"):
+            for beta, kept, gmac in (("0.2", 22, 10.33), ("0.5", 14, 7.09)):
+                p = plan("--method", method, "--dropout", beta)
+                assert p["trainable_params"] == 4 * lora and round(p["gmac_per_token"], 2) == gmac
+                assert math.isclose(p["comm_mb_per_round"], 4 * lora * 8 / 1e6)
+                assert p["adapter_layers"] == [0, 1, 30, 31] and len(p["kept_layers"]) == kept
+        for method, trained, sent, mac in (
+                ("fedavg", 32 * lora, 8 * 32 * lora, 63 * (layer + lora)),
+                ("fedkseed", whole, 17_988, 64 * layer), ("fedkseed-pro", whole, 9_796, 64 * layer),
+                ("fedtt", tt, 8 * tt, 63 * (layer + 4400)),
+                ("fedtt+", tt, 8 * tt / 6, 63 * (layer + 4400)),
+                ("fedpt", 4 * lora, 8 * 4 * lora, 7 * (layer + lora))):
+            proxy = ("--proxy-ckpt", path / "small") if method == "fedpt" else ()
+            p = plan("--method", method, *proxy)
+            assert p["trainable_params"] == trained, method
+            assert math.isclose(p["comm_mb_per_round"], sent / 1e6), (method, p)
+            assert math.isclose(p["gmac_per_token"], mac / 1e9), (method, p)
+        assert tt == 140_800 and round(32 * lora / tt, 1) == 29.8, "as FedTT's paper has them"
+        assert plan("--method", "fedtt", "--tt-bias")["trainable_params"] == 407_040
+
+
+# ---- flags --------------------------------------------------------------------------------------
+
+def test_a_flag_without_a_use_is_noted_once_and_a_contradiction_refused():
+    # kills: the note missing; a note for a flag with a use; Offsite-Tuning with three clients
+    with folder() as path:
+        (path / "params.json").write_text(json.dumps(LLAMA_2_7B))
+
+        def plan(*argv):
+            return cli("--ckpt", path, "--plan", *argv)
+        answer = plan("--method", "fedavg", "--dropout", ".5", "--tt-rank", 3, "--rank", 4)
+        note = one_line(answer, "--dropout", "--tt-rank", status=0)
+        assert "--rank" not in note.replace("--tt-rank", "")
+        assert plan("--method", "fedkseed", "--kseed-candidates", 9)[2] == ""
+        one_line(plan("--method", "offsite", "--clients", 3), "fedot")
+
+
+def test_presets_are_the_papers_and_the_authors():
+    # kills: prox left on; a given flag overruled by the preset
+    paper, theirs = (train.resolve({"preset": p, "ckpt": "x"}) for p in ("paper", "official-code"))
+    expected = {"rounds": 500, "local_steps": 30, "batch_size": 10, "align_init": 500,
+                "align_steps": 10, "rank": 8, "alpha": 16, "clients": 3, "adapter": 2,
+                "dropout": Fraction(1, 5), "align_tokens": "answer", "align_norm": "rms",
+                "align_renew": False, "uniform_weights": False, "shots": 8}
+    assert expected.items() <= vars(paper).items() and paper.prox > 0
+    expected = {"prox": 0, "align_tokens": "all", "align_norm": "rms", "align_renew": True,
+                "uniform_weights": True}
+    assert expected.items() <= vars(theirs).items()
+    assert train.resolve({"preset": "official-code", "prox": 0.3}).prox == 0.3
+    clients = {task: train.resolve({"task": task, "ckpt": "x"}).clients
+               for task in ("gsm8k", "rosetta", "dolly")}
+    assert clients == {"gsm8k": 3, "rosetta": 9, "dolly": 8}
+
+
+def test_a_mistake_in_a_flag_ends_in_one_line_and_status_2():
+    # kills: status 1; abbreviations; a share of 1e400 as a traceback
+    shares = ("1", "1.5", "-0.1", "nan", "x", "1/0", "0.9", "1e400", "-1e400")
+    cases = [(["--task", "cooking"], "cooking", "gsm8k"), (["--drop", "0.2"], "--drop"),
+             (["--method", "magic"], "magic", "fedbiot"), (["--adapter", "2.5"], "--adapter"),
+             *[(["--dropout", share], "--dropout") for share in shares],
+             *[(["--adapter", s], f"--adapter {s}", "5 layers", "1..4") for s in (0, -1, 5, 40)],
+             (["--max-len", 1], "--max-len 1"), (["--rounds", 0], "--rounds 0"),
+             (["--lr", "nan"], "--lr"), (["--prox", "-1"], "--prox"), (["--rank", 0], "--rank"),
+             (["--batch-size", 0], "--batch-size"), (["--seed", "-1"], "--seed"),
+             (["--clients-per-round", 4], "--clients-per-round 4"), (["--clients", 0], "--clients"),
+             (["--device", "abacus"], "--device abacus"), (["--shots", 9], "--shots 9")]
+    with folder() as path:
+        flags = small_run(path)
+        for argv, *words in cases:
+            answer = cli(*flags, "--out", path / "run", *argv)
+            assert one_line(answer, *words).startswith("error: "), argv
+            assert not (path / "run").exists(), argv
+
+
+def test_a_mistake_in_a_file_ends_in_one_line_before_the_first_round():
+    # kills: --out not looked at; a checkpoint's, a tokenizer's or a data file's error let through
+    with folder() as path:
+        flags = small_run(path)
+        for name in ("cut", "no-tokenizer"):
+            meta_folder(path / name, tiny_lm(vocab_size=1024), tokenizer=name == "cut")
+        with open(path / "cut" / "consolidated.00.pth", "rb+") as file:
+            file.truncate(5000)
+        row = '{"question": "q", "answer": "1"}\n'
+        for name, text in (("malformed", row + '{"question"\n'), ("few", row * 2)):
+            shutil.copytree(path / "data", path / name)
+            (path / name / "gsm8k" / "train.jsonl").write_text(text)
+        (path / "taken").mkdir()
+        (path / "file").write_text("mine")
+        for argv, *words in ((["--ckpt", path / "none"], "none"),
+                             (["--ckpt", path / "no-tokenizer"], "tokenizer.model"),
+                             (["--ckpt", path / "cut"], "consolidated.00.pth"),
+                             (["--data-dir", path / "malformed"], "train.jsonl", "line 2"),
+                             (["--data-dir", path / "few"], "--clients 3", "1..2"),
+                             (["--max-len", 9], "--max-len 9"),
+                             (["--out", path / "taken"], "taken", "--resume"),
+                             (["--out", path / "file"], "file", "--resume"),
+                             (["--out", path / "file" / "below"], "below")):
+            answer = cli(*flags, "--out", path / "run", *argv)
+            assert one_line(answer, *words).startswith("error: "), argv
+            assert not (path / "run" / "state.pt").exists(), f"{argv}: refused only after a round"
+        assert (path / "file").read_text() == "mine" and not list((path / "taken").iterdir())
+
+
+# ---- the run folder -----------------------------------------------------------------------------
+
+def test_a_run_folder_holds_what_is_promised():
+    # kills: base scored again; accuracy in every row
+    with folder() as path, fast_scores() as evaluations:
+        status, out, err = cli(*small_run(path), "--out", path / "run", "--eval-every", 2)
+        assert status == 0, err
+        assert evaluations.call_count == 5, "the base model once, the other two twice"
+        run = path / "run"
+        assert {p.name for p in run.iterdir()} == RUN_FILES
+        rows, summary, config = (read_log(run), read_json(run / "summary.json"),
+                                 read_json(run / "config.json"))
+    assert list(rows[0]) == ["round", "client_loss", "align_l2", "align_kl", "bytes_down",
+                             "bytes_up", "seconds", "base", "adapemu", "adapfu"]
+    assert [r["round"] for r in rows] == ["1", "2", "3"] and config["dropout"] == "17/50"
+    assert [bool(r["adapfu"]) for r in rows] == [False, True, True]
+    assert rows[1]["base"] == rows[2]["base"] and rows[1]["adapfu"] != rows[2]["adapfu"]
+    head = {"task": "gsm8k", "method": "fedbiot", "seed": 0, "rounds": 3}
+    assert head.items() <= summary.items() and summary["peak_memory_bytes"] > 10**7
+    assert list(summary["metrics"]) == ["base", "adapemu", "adapfu"]
+    assert all(set(m) == {"correct", "total", "accuracy"} for m in summary["metrics"].values())
+    assert re.findall(r"^round \d", out, re.M) == ["round 1", "round 2", "round 3"]
+    assert "adapfu" in out.split("accuracy")[1]
+
+
+def test_a_runs_plan_is_what_it_trains_and_sends():
+    # kills: half the bytes in the plan
+    with folder() as path, fast_scores():
+        flags, run = small_run(path), path / "run"
+        assert cli(*flags, "--out", run)[0] == 0
+        plan, rows = planned(*flags), read_log(run)
+        summary, learnt = read_json(run / "summary.json"), read_saved(run / "lora.pt")
+    assert plan["kept_layers"] == [0] and plan["dropped_layers"] == [1, 2]
+    down, up = (summary[f"bytes_{way}_per_client_round"] for way in ("down", "up"))
+    assert all((float(r["bytes_down"]), float(r["bytes_up"])) == (down, up) for r in rows)
+    assert math.isclose((down + up) / 1e6, plan["comm_mb_per_round"])
+    assert {n.split(".")[1] for n in learnt} == set("034")
+    assert 4 * sum(t.numel() for t in learnt.values()) == down
+    adapter = sum(t.numel() for n, t in learnt.items() if n[7] in "34")
+    assert plan["trainable_params"] == summary["trainable_params"] == adapter == up / 4
+    full = tiny_lm(vocab_size=1024).state_dict()
+    held = 4 * sum(t.numel() for n, t in full.items() if not re.match(r"layers\.[12]\.", n))
+    assert held < summary["bootstrap_bytes"] < held + 500
+
+
+def test_eval_builds_the_same_models_from_a_run_folder():
+    # kills: AdapEmu and AdapFu swapped by eval.py; a missing lora.pt as a traceback
+    with folder() as path, fast_scores():
+        run = path / "run"
+        assert cli(*small_run(path), "--out", run, "--rounds", 1)[0] == 0
+        models, _, _ = evaluation.models_of_run(run, "cpu", torch.float32)
+        found = {name: scored(lm, None, "gsm8k", SimpleNamespace(limit=2), "")
+                 for name, lm in models.items()}
+        assert found == read_json(run / "summary.json")["metrics"]
+        (run / "lora.pt").unlink()
+        refused(lambda: evaluation.models_of_run(run, "cpu", torch.float32), "lora.pt", "--resume")
+
+
+def test_a_default_name_that_is_taken_gets_a_number():
+    # kills: -2 for the third
+    here, short = os.getcwd(), ("--rounds", 1, "--align-init", 0, "--local-steps", 1)
+    with folder() as path, fast_scores():
+        flags = small_run(path)
+        os.chdir(path)
+        try:
+            assert [cli(*flags, *short)[0] for _ in range(3)] == [0, 0, 0]
+        finally:
+            os.chdir(here)
+        name = "gsm8k-fedbiot-b0.34-s2-seed0"
+        assert {p.name for p in (path / "runs").iterdir()} == {name, name + "-2", name + "-3"}
+
+
+def test_the_main_command_runs_on_the_bundled_model_from_anywhere():
+    # kills: a path relative to the working directory
+    with folder() as path:
+        def command(*argv):
+            argv = [sys.executable, HERE / "train.py", "--task", "gsm8k", "--out", "run", *argv]
+            return subprocess.run(argv, cwd=path, capture_output=True, text=True)
+        done = command("--dropout", "0.2", "--adapter", "2", "--rounds", "1", "--local-steps", "2",
+                       "--align-init", "2", "--eval-limit", "4", "--threads", "1")
+        assert done.returncode == 0, done.stderr
+        summary, (row,) = read_json(path / "run" / "summary.json"), read_log(path / "run")
+        assert summary["metrics"]["adapfu"]["total"] == 4
+        assert summary["peak_memory_bytes"] < 1.5e9
+        assert float(row["client_loss"]) < 0.5 * math.log(1024), "a pre-trained model"
+        again = command()
+        one_line((again.returncode, again.stdout, again.stderr), "--resume")
+
+
+def test_tensorboard_is_written_where_it_is_installed():
+    # kills: refused only after the weights are read; all rows at one step
+    with folder() as path, fast_scores():
+        run = path / "run"
+        flags = [*small_run(path), "--tensorboard", "--out", run]
+        with patch.object(train.importlib.util, "find_spec", lambda name: None):
+            one_line(cli(*flags, "--ckpt", path / "none"), "log.csv")
+        assert not run.exists()
+        reader, = needs("tensorboard.backend.event_processing.event_accumulator")
+        assert cli(*flags)[0] == 0
+        board = reader.EventAccumulator(str(run / "tensorboard"))
+        board.Reload()
+        events, rows = board.Scalars("client_loss"), read_log(run)
+        assert [e.step for e in events] == [1, 2, 3] and len(board.Scalars("adapfu")) == 1
+        losses = torch.tensor([float(row["client_loss"]) for row in rows])
+        assert off(torch.tensor([e.value for e in events]), losses) < 1e-6
+
+
+# ---- resuming -----------------------------------------------------------------------------------
+
+def stops_at(owner, name: str, call: int):
+    """While this lasts, `owner.name` is a Ctrl-C at its call number `call`."""
+    original, count = getattr(owner, name), iter(range(99))
+
+    def wrapped(*args, **keywords):
+        if next(count) == call:
+            raise KeyboardInterrupt
+        return original(*args, **keywords)
+    return patch.object(owner, name, wrapped)
+
+
+def test_a_stopped_run_resumes_bit_for_bit():
+    # kills: rounds from 0 again; optimizer not restored; a stopped evaluation never made up for
+    stops = ((train.Run, "finish_round", 0), (train.Run, "finish_round", 1),
+             (train, "write_log", 0), (train, "write_log", 2), (train, "evaluate", 1),
+             (train, "evaluate", 3), (fedbiot.Client, "update", 5), (train.Run, "finish", 0))
+    with folder() as path, fast_scores():
+        flags = small_run(path) + ["--eval-every", "1"]
+        assert cli(*flags, "--out", path / "whole")[0] == 0
+        for i, stop in enumerate(stops):
+            run = path / f"stopped{i}"
+            with stops_at(*stop):
+                one_line(cli(*flags, "--out", run), "stopped", status=130)
+            assert not (run / "summary.json").exists()
+            status, _, err = cli(*flags, "--out", run, "--resume")
+            assert status == 0, (stop, err)
+            assert_same_run(run, path / "whole")
+
+
+def test_resume_of_a_finished_run_and_of_none():
+    # kills: a finished run begun anew; a run that is not there refused
+    with folder() as path, fast_scores():
+        flags, run = small_run(path), path / "run"
+        assert cli(*flags, "--out", run, "--resume")[0] == 0, "not there: from round 0"
+        before = {p.name: p.read_bytes() for p in run.iterdir()}
+        one_line(cli(*flags, "--out", run, "--resume"), "finished", status=0)
+        assert before == {p.name: p.read_bytes() for p in run.iterdir()}
+
+
+def test_resume_refuses_other_flags_and_a_cut_state():
+    # kills: the flags of the state not compared; a short state as a traceback
+    with folder() as path, fast_scores():
+        flags, run = small_run(path), path / "run"
+        with stops_at(train.Run, "finish", 0):
+            assert cli(*flags, "--out", run)[0] == 130
+        state = (run / "state.pt").read_bytes()
+        one_line(cli(*flags, "--out", run, "--resume", "--lr", "0.5"), "--lr")
+        assert (run / "state.pt").read_bytes() == state
+        (run / "state.pt").write_bytes(state[:900])
+        one_line(cli(*flags, "--out", run, "--resume"), "state.pt")
