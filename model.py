@@ -32,12 +32,11 @@ class UserError(ValueError):
 
 
 def room(name: str):
-    """A module of a folder beside the core files; a fork may have deleted it."""
+    """A module of a folder beside the core files, which a fork may have deleted."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(f"this needs {name}, which is not in this copy of the project ({error}); "
-                        f"add it again, or do without what needs it") from None
+        raise UserError(f"this needs {name}: {error} in this copy of the project") from None
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -138,14 +137,14 @@ def write_folder(path, fill):
 
 
 def fingerprint(path) -> str:
-    """sha256 of a file; above 64 MiB of its size and of 32 evenly spread samples of 64 KiB."""
+    """sha256 of a file's size and content; above 64 MiB of 32 evenly spread samples of 64 KiB."""
     with open_file(path) as file:
-        if (size := os.path.getsize(path)) <= 2**26:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        size, n = os.path.getsize(path), 2**16
+        starts = range(0, size, n) if size <= 2**26 else [i * (size - n) // 31 for i in range(32)]
         digest = hashlib.sha256(str(size).encode())
-        for i in range(32):
-            file.seek(i * (size - 2**16) // 31)
-            digest.update(file.read(2**16))
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(n))
         return digest.hexdigest()
 
 
@@ -214,7 +213,6 @@ class ModelConfig:
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps), made in fp32 and rounded before the gain, as Meta's code does."""
-
     def forward(self, x: Tensor) -> Tensor:                        # (..., D) -> (..., D)
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
 
@@ -413,8 +411,7 @@ def weight_files(folder: Path) -> list[tuple[Path, int, int]]:
     if any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*")):
         files += room("extras.huggingface").weight_files(folder)
     if not files:
-        raise UserError(f"--ckpt {folder}: found no consolidated.00.pth, *.safetensors or "
-                        f"pytorch_model*.bin")
+        raise UserError(f"{folder}: found no consolidated.00.pth, *.safetensors or model*.bin")
     return files
 
 
@@ -464,9 +461,8 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
                 raise UserError(f"{path}: {key} is {tensor.dtype} {list(tensor.shape)}, expected "
                                 f"floats of shape {expected}; are all shards here?")
             if name in kept and name not in state:
-                kind = dtype or tensor.dtype
-                state[name] = torch.empty_like(whole[name], dtype=kind, device=device)
-                lm.stored = tensor.dtype if tensor.dim() == 2 else lm.stored
+                kind, lm.stored = tensor.dtype, tensor.dtype if tensor.dim() == 2 else lm.stored
+                state[name] = torch.empty_like(whole[name], dtype=dtype or kind, device=device)
             if name in kept and filled[name] < size:
                 state[name][where].copy_(tensor)
             elif name in kept and not torch.equal(state[name][where], tensor.to(state[name])):

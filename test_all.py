@@ -48,7 +48,6 @@ import data
 import eval as evaluation
 import fedbiot
 import lora
-from extras import huggingface, peft as peft_module, sampling
 import model
 import train
 from baselines import fedavg, fedkseed, fedtt, offsite
@@ -232,7 +231,7 @@ def test_sampling_stays_within_top_k_and_top_p_and_follows_the_softmax():
     order, p = z[0].argsort(descending=True), z[0].double().softmax(-1)
 
     def draw(t, k, top_p, seed=1):
-        return sampling.choose(z, t, k, top_p, torch.Generator().manual_seed(seed))
+        return model.choose(z, t, k, top_p, torch.Generator().manual_seed(seed))
     for t, k, top_p in ((0.0, 0, 1.0), (1.0, 1, 1.0), (1.0, 0, 1e-9), (1.0, 0, 0.0), (1e-4, 0, 1.0)):
         assert (draw(t, k, top_p) == z[0].argmax()).all(), (t, k, top_p)
     assert set(draw(1.0, 3, 1.0).tolist()) == set(order[:3].tolist())
@@ -369,7 +368,7 @@ def test_safetensors_are_read_at_any_alignment_and_in_every_float():
             with folder() as path:
                 state = {"a": random(3, 5).to(dtype), "b": random(7).half(), "empty": torch.zeros(0, 4), "c": random(2, 2)}
                 write_safetensors(path / "x", state, pad=pad)
-                assert same(huggingface.read_safetensors(path / "x"), state), (pad, dtype)
+                assert same(model.read_safetensors(path / "x"), state), (pad, dtype)
 
 
 def test_only_the_layers_asked_for_are_read():
@@ -2517,7 +2516,7 @@ def test_the_main_command_runs_on_the_bundled_model_from_anywhere():
 
 def exported(path: Path, lm: LM, form: str, source: Path) -> Path:
     with contextlib.redirect_stderr(io.StringIO()):
-        huggingface.export(lm, path, form, str(source))
+        evaluation.export(lm, path, form, str(source))
     assert not list(path.parent.glob("*.part"))
     return path
 
@@ -2526,8 +2525,8 @@ def test_params_json_gives_back_every_width():
     # kills: multiple_of 256 for all; the half that keeps the multiplier's product above the width; n_kv_heads left out
     for dim, hidden in [(48, n) for n in (1, 2, 100, 127, 128, 129, 168, 256, 1000)] + [(16, 51), (4096, 11008), (5120, 13824), (8192, 28672)]:
         c = ModelConfig(dim, 5, 8, 2, 97, hidden, 1e-6, 5e5)
-        p = json.loads(json.dumps(huggingface.to_params(c)))
-        assert ModelConfig.from_params(p) == c and huggingface.from_config(json.loads(json.dumps(huggingface.to_config(c)))) == c
+        p = json.loads(json.dumps(c.to_params()))
+        assert ModelConfig.from_params(p) == c and ModelConfig.from_hf(json.loads(json.dumps(c.to_hf()))) == c
         assert (p["multiple_of"] == 256) == (hidden in (256, 11008, 13824)), "as published, where that gives the width"
 
 
@@ -2545,7 +2544,7 @@ def test_exported_folders_hold_the_merged_model():
                 back = read(exported(path / f"{name}-{form}", lm, form, source))
                 assert off(back(tokens), before) < 3e-6 and torch.equal(lm(tokens), before), (name, form)
                 assert list(back.layers) == list("0123" if name == "adapemu" else "01234")
-            held = huggingface.read_safetensors(path / "adapfu-hf" / "model.safetensors")
+            held = model.read_safetensors(path / "adapfu-hf" / "model.safetensors")
             assert ("lm_head.weight" in held) != tied and (path / "adapfu-hf" / "tokenizer.model").is_file()
             if not tied:                                            # W + s B A in float64, and Hugging Face's rows by hand
                 w = {n: t.double() for n, t in full.state_dict().items()}
@@ -2578,7 +2577,7 @@ def test_a_peft_adapter_is_the_difference_in_hugging_faces_layout():
     with folder() as path:
         server = toy_server()
         out = exported(path / "peft", server.teacher, "peft", path)
-        about, held = json.loads((out / "adapter_config.json").read_text()), huggingface.read_safetensors(out / "adapter_model.safetensors")
+        about, held = json.loads((out / "adapter_config.json").read_text()), model.read_safetensors(out / "adapter_model.safetensors")
         assert {"peft_type": "LORA", "r": 4, "lora_alpha": 16.0, "target_modules": ["q_proj", "v_proj"],
                 "layers_to_transform": [3, 4], "bias": "none"}.items() <= about.items()
         merged = hf_state(SimpleNamespace(config=CONFIG, state_dict=lambda: lora.merged(server.teacher)))
@@ -2597,10 +2596,10 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing():
         for lm, form, word in ((server.full, "peft", "LoRA"), (server.student, "peft", "hf or meta"),
                                (SimpleNamespace(), "hf", "not a LLaMA"), (server.teacher, "hf", "cannot be written")):
             target = path / "ckpt" / "params.json" / "below" if word == "cannot be written" else path / "new"
-            refused(lambda: huggingface.export(lm, target, form, str(source)), word)
+            refused(lambda: evaluation.export(lm, target, form, str(source)), word)
         extra = server.full.with_layers({int(i): b for i, b in server.full.layers.items()})
         extra.layers["0"].more = torch.nn.Linear(2, 2)
-        refused(lambda: huggingface.export(extra, path / "new", "meta", str(source)), "not a LLaMA")
+        refused(lambda: evaluation.export(extra, path / "new", "meta", str(source)), "not a LLaMA")
         assert {p.name for p in path.iterdir()} == {"ckpt"}
         (path / "mine").mkdir()
         (path / "mine" / "x").write_text("x")
@@ -2621,7 +2620,7 @@ def test_lora_of_another_run_or_of_peft_is_a_start():
         def started(source, **changes):
             here, err = toy_server(False, **changes), io.StringIO()
             with contextlib.redirect_stderr(err):
-                peft_module.start_from(source, here, CONFIG, here.cfg.alpha / here.cfg.rank)
+                lora.start_from(source, here, CONFIG, here.cfg.alpha / here.cfg.rank)
             return here, err.getvalue()
         for source in (run, run / "lora.pt", peft):
             here, err = started(source, alpha=4.0)
@@ -2686,7 +2685,7 @@ def test_transformers_and_peft_compute_the_same_logits():
         assert (tuned(tokens).logits - server.teacher(tokens)).abs().max() < 1e-4
         tuned.save_pretrained(path / "again")                       # what PEFT writes is a start too
         here = toy_server(False)
-        peft_module.start_from(path / "again", here, CONFIG, 4.0)
+        lora.start_from(path / "again", here, CONFIG, 4.0)
         assert off(here.teacher(tokens), server.teacher(tokens)) < 3e-6
 
 

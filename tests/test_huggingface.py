@@ -41,6 +41,11 @@ def test_hugging_face_folders_load_bit_for_bit():
                          "._model.safetensors", "._pytorch_model.bin"):         # a Mac's companions
                 (path / name).write_bytes(b"x" * 40)
             assert same(read(path).state_dict(), lm.state_dict()), (kind, shards, index)
+        with folder() as path:
+            for file in hf_folder(path, lm, kind, 2, False).glob("*model*"):    # other names
+                file.rename(path / file.name.replace("model", "weights").replace("-of-", "_"))
+                (path / f"._{file.name}").write_bytes(b"x" * 40)
+            assert same(read(path).state_dict(), lm.state_dict())
         assert found.config == lm.config and same(found.state_dict(), lm.state_dict())
         assert (found.output.weight is found.tok_embeddings.weight) == tied
         assert found.stored == torch.float32

@@ -239,6 +239,7 @@ def test_meta_shards_load_bit_for_bit():
         def as_stored(state, part):
             kinds = {n: fp32 if "norm" in n else stored for n in state}
             state.update({n: t.to(kinds[n]) for n, t in state.items()})
+            state["norm.weight"] = state.pop("norm.weight")         # as the last of all
             state["rope.freqs"] = torch.ones(4)
         with folder() as path:
             found = read(meta_folder(path, lm, parts, edit=as_stored), dtype=wanted)
@@ -452,7 +453,7 @@ def test_generation_is_the_argmax_of_every_step_without_a_cache():
 
 
 def test_generation_ends_at_any_of_several_ids():
-    # kills: the first id alone ends a text; the text is cut at the first id alone
+    # kills: the text is cut at the first of the ids alone
     lm = tiny_lm(3)
     free = [free_text(lm, p, 14) for p in PROMPTS]
 
@@ -558,7 +559,7 @@ def test_sampling_stays_within_top_k_and_top_p_and_follows_the_softmax():
 
 
 def test_sampling_draws_as_multinomial_does():
-    # kills: another distribution than Exp(1); the draw not mapped back to its piece
+    # kills: uniform numbers in place of Exp(1)'s; the draw not mapped back to its piece
     z, g = random(500, 40, std=2.0), torch.Generator().manual_seed(1)
     p, ids = z.softmax(-1).sort(dim=-1, descending=True, stable=True)
     expected = ids.gather(1, torch.multinomial(p, 1, generator=g))[:, 0]
