@@ -17,7 +17,7 @@ import stat
 import sys
 import tempfile
 import zipfile
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,8 +47,8 @@ def expecting(what: str, where):
     try:
         yield
     except Exception as error:  # a damaged file raises nearly anything
-        text = str(error) if isinstance(error, ValueError) else repr(error)
-        text = getattr(error, "strerror", None) or text         # an OSError's, without its path
+        text = str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)
+        text = getattr(error, "strerror", None) or " ".join(text.split())
         raise UserError(f"{where}: expected {what}, found: {text:.300}") from None
 
 
@@ -404,34 +404,24 @@ def load_tokenizer(folder, config: ModelConfig) -> Tokenizer:
         return tokenizer
 
 
-def weight_files(folder: Path) -> list[tuple[Path, int, int]]:
-    """(file, shard, of how many) of the folder's weights. Meta's shards hold parts of tensors."""
+def weight_files(folder: Path) -> list[tuple[Path, int]]:
+    """(file, of how many shards that each hold a part of every matrix) of a folder's weights."""
     meta = sorted(folder.glob("consolidated.*.pth"))
-    files = [(path, shard, len(meta)) for shard, path in enumerate(meta)]
+    files = [(path, len(meta)) for path in meta]
     if any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*")):
-        files += room("extras.huggingface").weight_files(folder)
+        files += [(path, 1) for path in room("extras.huggingface").weight_files(folder)]
     if not files:
         raise UserError(f"{folder}: found no consolidated.00.pth, *.safetensors or model*.bin")
     return files
 
 
 def named_tensors(path: Path, config: ModelConfig):
-    """(name in the file, Meta's name, tensor in Meta's layout): the names tell whose they are."""
+    """A file's tensors by Meta's names, in Meta's layout: the names there tell whose they are."""
     is_pickle = path.suffix != ".safetensors"
     tensors = read_pickle(path) if is_pickle else room("extras.huggingface").read_safetensors(path)
     if any(name.startswith(("model.", "lm_head.")) for name in tensors):
         return room("extras.huggingface").translated(path, tensors, config)
-    return ((name, name, tensor) for name, tensor in tensors.items() if name != "rope.freqs")
-
-
-def part_of(name: str, shape, shard: int, parts: int) -> tuple:
-    """Where in the whole tensor one of Meta's model-parallel shards stands: columns of wo, w2 and
-    the embedding, rows of the other matrices; a norm is whole in each."""
-    if name.endswith("norm.weight"):
-        return (slice(None),)
-    dim = 1 if name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight")) else 0
-    size = shape[dim] // parts
-    return (slice(None),) * dim + (slice(shard * size, (shard + 1) * size),)
+    return ((name, tensor) for name, tensor in tensors.items() if name != "rope.freqs")
 
 
 @torch.no_grad()
@@ -444,36 +434,34 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
     One shard is mapped at a time, and copied tensor by tensor. Device "meta": nothing is read.
     """
     with torch.device("meta"):
-        lm, whole = LM.empty(config, layer_ids), dict(LM.empty(config).named_parameters())
+        lm, part = LM.empty(config), LM.empty(config, layer_ids)
     if torch.device(device).type == "meta":
-        return lm.to(dtype).requires_grad_(False)
-    kept, state, filled = lm.state_dict().keys(), {}, Counter()
-    tied = {"output.weight": "tok_embeddings.weight"} if config.tied else {}
-    for path, shard, parts in weight_files(Path(folder)):
-        for key, name, tensor in named_tensors(path, config):
-            name = tied.get(name, name)
-            if name not in whole:
-                raise UserError(f"{path}: surplus tensor {key:.80}, which a LLaMA of "
-                                f"{config.n_layers} layers does not have")
-            where, size = part_of(name, whole[name].shape, shard, parts), whole[name].numel()
-            expected = list(whole[name][where].shape)
-            if list(tensor.shape) != expected or not tensor.is_floating_point():
-                raise UserError(f"{path}: {key} is {tensor.dtype} {list(tensor.shape)}, expected "
-                                f"floats of shape {expected}; are all shards here?")
-            if name in kept and name not in state:
-                kind, lm.stored = tensor.dtype, tensor.dtype if tensor.dim() == 2 else lm.stored
-                state[name] = torch.empty_like(whole[name], dtype=dtype or kind, device=device)
-            if name in kept and filled[name] < size:
-                state[name][where].copy_(tensor)
-            elif name in kept and not torch.equal(state[name][where], tensor.to(state[name])):
-                raise UserError(f"{path}: {key} has other numbers than {name} had before in "
+        return part.to(dtype).requires_grad_(False)
+    kept, known = part.state_dict().keys(), lm.state_dict().keys()
+    state, parts = {}, defaultdict(list)
+    for path, shards in weight_files(Path(folder)):
+        for name, tensor in named_tensors(path, config):
+            if name not in known or not tensor.is_floating_point():
+                raise UserError(f"{path}: surplus tensor {name:.80} of {tensor.dtype}, which a "
+                                f"LLaMA of {config.n_layers} layers does not have")
+            place = device if name in kept else "meta"
+            parts[name].append(tensor.to(place, dtype or tensor.dtype, copy=True))
+            if tensor.dim() == 2 and len(parts[name]) < shards:     # a norm is whole in each shard
+                continue
+            axis = 1 if name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight")) else 0
+            with expecting("shards that fit together", f"{path}: {name:.80}"):
+                whole = torch.cat(parts[name], axis) if parts[name][1:] else parts[name][0]
+            key = "tok_embeddings.weight" if config.tied and name == "output.weight" else name
+            first = state.setdefault(key, whole)
+            if first is not whole and name in kept and not torch.equal(first.to(whole), whole):
+                raise UserError(f"{path}: {name} has other numbers than {key} had before in "
                                 f"{folder}; remove one of the two")
-            filled[name] = min(filled[name] + tensor.numel(), size)
+            del parts[name]
+            lm.stored = tensor.dtype if name.endswith("wq.weight") else lm.stored
         tensor = None                                   # unmaps this shard before the next
-    if missing := [name for name, p in whole.items() if filled[name] != p.numel()]:
-        raise UserError(f"{folder}: {len(missing)} tensors are missing or incomplete, the first is "
-                        f"{missing[0]} {list(whole[missing[0]].shape)}")
-    return lm.take(state)
+    with expecting(f"all tensors of a LLaMA of {config.n_layers} layers, from all shards", folder):
+        lm.take(state)
+    return lm if layer_ids is None else lm.with_layers({i: lm.layers[str(i)] for i in layer_ids})
 
 
 def load(folder, layer_ids=None, dtype=torch.float32, device="cpu") -> tuple[LM, Tokenizer]:

@@ -302,24 +302,23 @@ def test_damaged_checkpoints_are_refused_by_name():
         meta_folder(path, tiny_lm(vocab_size=96), 2)
         (path / "consolidated.01.pth").unlink()
     cases = [
-        (edited(lambda s: s.pop(first)), first, "missing"),
+        (edited(lambda s: s.pop(first)), first, "Missing"),
         (edited(lambda s: s.update({"layers.5.ffn_norm.weight": torch.ones(48)})),
          "layers.5.ffn_norm", "surplus"),
         (edited(lambda s: s.update({"layers.0.attention.wq.bias": torch.ones(48)})),
          "wq.bias", "surplus"),
         (edited(lambda s: s.update({first: s[first][:-1].clone()})), first, "47", "48"),
-        (edited(lambda s: s.update({first: s[first].T.reshape(96, 24)})), first),
+        (edited(lambda s: s.update({first: s[first].T.reshape(96, 24)})), first, "[96, 24]"),
         (edited(lambda s: s.update({first: s[first].long()})), first, "int64"),
         (edited(lambda s: s.update({first: s[first][0, 0].clone()})), first, "[]"),
         (edited(lambda s: s.update({first: s[first].to_sparse()})), first, "plain tensors"),
-        (edited(lambda s: s.clear()), "missing"),
-        (lambda path: meta_folder(path, tiny_lm(vocab_size=97), 2), "output.weight"),
+        (edited(lambda s: s.clear()), "Missing"),
         (edited(lambda s: s.update({"output.weight": s["output.weight"][:96]})), "output.weight"),
-        (half, "consolidated.00.pth", "all shards"),
+        (half, "[96, 24]", "all shards"),
         (rewritten("consolidated.00.pth", {"w": Evil()}), "consolidated.00.pth"),
         (rewritten("consolidated.00.pth", [torch.ones(2)]), "dict", "list"),
         (rewritten("consolidated.00.pth", {first: "text"}), "dict of plain tensors"),
-        (rewritten("consolidated.02.pth", {}), "consolidated.00.pth", "all shards"),
+        (rewritten("consolidated.02.pth", {}), "Missing", "all shards"),
         (lambda path: meta_folder(path, lm).joinpath("consolidated.00.pth").rename(path / "x.gguf"),
          "found no", "pth")]
     for make, *words in cases:
@@ -330,13 +329,15 @@ def test_damaged_checkpoints_are_refused_by_name():
             assert not Path(Evil.path).exists(), "code in a checkpoint was run"
 
 
-def test_shards_that_do_not_divide_a_tensor_are_refused():
+def test_shards_that_do_not_make_a_whole_tensor_are_refused():
     # kills: n // parts without the remainder (the last row would be left uninitialised)
-    def even(state, part):
-        state["output.weight"] = state["output.weight"][:48].clone()
-    with folder() as path:
-        meta_folder(path, tiny_lm(), 2, edit=even)
-        refused(lambda: read(path), "output.weight", "97")
+    def changed(state, part):
+        state["output.weight"] = change(state["output.weight"], part).clone()
+    for change, word in ((lambda t, part: t[:48], "[96, 48]"),
+                         (lambda t, part: t[:, :48 - part], "fit together")):
+        with folder() as path:
+            meta_folder(path, tiny_lm(), 2, edit=changed)
+            refused(lambda: read(path), "output.weight", word)
 
 
 def test_copies_of_a_norm_in_several_shards_must_agree():
