@@ -1,5 +1,7 @@
 """A LLaMA decoder by hand: Touvron et al. 2023 (arXiv 2302.13971, 2307.09288), with Meta's names.
-In order: files; ModelConfig; Attention, Block, LM; Tokenizer, load; generate.
+
+In order: files (read with checks, written whole or not at all); ModelConfig; Attention, Block, LM;
+Tokenizer, load (a checkpoint folder: mapped, strict); generate (in batches, with a cache).
 B sequences, T tokens, D dim, H query heads, G key/value heads, d = D / H, V vocabulary.
 
     from model import load
@@ -15,7 +17,7 @@ import stat
 import sys
 import tempfile
 import zipfile
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,12 +30,11 @@ class UserError(ValueError):
     """A mistake of the user's, in one line: what was expected, what was found, what to try."""
 
 def room(name: str):
-    """A module of a folder beside the core files; a fork may have deleted it."""
+    """A module of a folder beside the core files, which a fork may have deleted."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(f"this needs {name}, which is not in this copy of the project ({error}); "
-                        f"add it again, or do without what needs it") from None
+        raise UserError(f"this needs {name}: {error} in this copy of the project") from None
 
 # ---- files --------------------------------------------------------------------------------------
 
@@ -43,8 +44,8 @@ def expecting(what: str, where):
     try:
         yield
     except Exception as error:  # a damaged file raises nearly anything
-        text = str(error) if isinstance(error, ValueError) else repr(error)
-        text = getattr(error, "strerror", None) or text         # an OSError's, without its path
+        text = str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)
+        text = getattr(error, "strerror", None) or " ".join(text.split())
         raise UserError(f"{where}: expected {what}, found: {text:.300}") from None
 
 def open_file(path):
@@ -122,9 +123,15 @@ def write_folder(path, fill):
         fill(part)
 
 def fingerprint(path) -> str:
-    """sha256 of a file's size and of its first 64 MiB."""
+    """sha256 of a file's size and content; above 64 MiB of 32 evenly spread samples of 64 KiB."""
     with open_file(path) as file:
-        return hashlib.sha256(str(os.path.getsize(path)).encode() + file.read(2**26)).hexdigest()
+        size, n = os.path.getsize(path), 2**16
+        starts = range(0, size, n) if size <= 2**26 else [i * (size - n) // 31 for i in range(32)]
+        digest = hashlib.sha256(str(size).encode())
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(n))
+        return digest.hexdigest()
 
 def clean_text(text: str) -> str:
     """Text that UTF-8 can hold: two surrogates become their character, a lone one U+FFFD."""
@@ -134,6 +141,7 @@ def clean_text(text: str) -> str:
 
 PARAMS_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps",
                "ffn_dim_multiplier", "rope_theta", "max_seq_len", "max_batch_size"}
+IGNORABLE_IF_FALSE = {"use_scaled_rope", "attention_bias", "mlp_bias"}
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -173,7 +181,7 @@ class ModelConfig:
 
     @classmethod
     def from_params(cls, p: dict) -> "ModelConfig":
-        odd = [key for key, value in p.items() if key not in PARAMS_KEYS and value is not False]
+        odd = [k for k in p if k not in PARAMS_KEYS and not (k in IGNORABLE_IF_FALSE and not p[k])]
         if odd:
             raise UserError(f"{odd[0]!r}, which LLaMA 1 and 2 do not have")
         hidden = int(2 * 4 * p["dim"] / 3)
@@ -187,13 +195,12 @@ class ModelConfig:
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps), made in fp32 and rounded before the gain, as Meta's code does."""
-
     def forward(self, x: Tensor) -> Tensor:                        # (..., D) -> (..., D)
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotary embedding of x (B, T, H, d), Meta's layout: neighbours (2i, 2i+1) are one complex
-    number, which is turned by its position's angle."""
+    number, turned by its position's angle: on the CPU ten times faster than cos and sin apart."""
     z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))    # (B, T, H, d/2)
     return torch.view_as_real(z * torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
 
@@ -241,9 +248,12 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))            # SwiGLU
 
 class Block(nn.Module):
-    """One pre-norm decoder layer: the unit that FedBiOT drops, freezes, ships and averages. It does
-    not know its own index, for it must compute the same thing at any depth. `past` is (its cache,
-    slots, mask), see LM.hidden; `rows` (N,): the positions b T + t that are wanted."""
+    """One pre-norm decoder layer: the unit that FedBiOT drops, freezes, ships and averages.
+
+    It does not know its own index: an emulator has fewer blocks, and each must compute the
+    same thing at any depth. `past` is (its cache, slots, mask), see LM.hidden. `rows` (N,), where
+    given, are the positions b T + t that are wanted: the feed-forward is spared the others.
+    """
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.attention = Attention(c)
@@ -353,6 +363,9 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.pieces.decode(ids)
 
+    def vocabulary(self) -> list[str]:
+        return [self.pieces.id_to_piece(i) for i in range(self.vocab_size)]
+
 def load_tokenizer(folder, config: ModelConfig) -> Tokenizer:
     """tokenizer.model of a checkpoint folder. In Hugging Face's, further ids may end a text."""
     is_hf = os.path.isfile(Path(folder) / "config.json")
@@ -364,73 +377,62 @@ def load_tokenizer(folder, config: ModelConfig) -> Tokenizer:
             raise UserError(f"{tokenizer.vocab_size} pieces, vocab_size {config.vocab_size}")
         return tokenizer
 
-def weight_files(folder: Path) -> list[tuple[Path, int, int]]:
-    """(file, shard, of how many) of the folder's weights. Meta's shards hold parts of tensors."""
+def weight_files(folder: Path) -> list[tuple[Path, int]]:
+    """(file, of how many shards that each hold a part of every matrix) of a folder's weights."""
     meta = sorted(folder.glob("consolidated.*.pth"))
-    files = [(path, shard, len(meta)) for shard, path in enumerate(meta)]
+    files = [(path, len(meta)) for path in meta]
     if any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*")):
-        files += room("extras.huggingface").weight_files(folder)
+        files += [(path, 1) for path in room("extras.huggingface").weight_files(folder)]
     if not files:
-        raise UserError(f"--ckpt {folder}: found no consolidated.00.pth, *.safetensors or "
-                        f"pytorch_model*.bin")
+        raise UserError(f"{folder}: found no consolidated.00.pth, *.safetensors or model*.bin")
     return files
 
 def named_tensors(path: Path, config: ModelConfig):
-    """(name in the file, Meta's name, tensor in Meta's layout): the names tell whose they are."""
+    """A file's tensors by Meta's names, in Meta's layout: the names there tell whose they are."""
     is_pickle = path.suffix != ".safetensors"
     tensors = read_pickle(path) if is_pickle else room("extras.huggingface").read_safetensors(path)
     if any(name.startswith(("model.", "lm_head.")) for name in tensors):
         return room("extras.huggingface").translated(path, tensors, config)
-    return ((name, name, tensor) for name, tensor in tensors.items() if name != "rope.freqs")
-
-def part_of(name: str, shape, shard: int, parts: int) -> tuple:
-    """Where in the whole tensor one of Meta's model-parallel shards stands: columns of wo, w2 and
-    the embedding, rows of the other matrices; a norm is whole in each."""
-    if name.endswith("norm.weight"):
-        return (slice(None),)
-    dim = 1 if name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight")) else 0
-    size = shape[dim] // parts
-    return (slice(None),) * dim + (slice(shard * size, (shard + 1) * size),)
+    return ((name, tensor) for name, tensor in tensors.items() if name != "rope.freqs")
 
 @torch.no_grad()
 def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float32,
                  device="cpu") -> LM:
-    """An LM from a folder's weights, frozen, with `layer_ids` (default: all) of its layers. Strict:
-    every tensor of the architecture, in its shape, and nothing else; what stands twice (in two sets
-    of files, or as a tied head) must be equal; else UserError. `dtype` None: as stored. One shard
-    is mapped at a time, and copied tensor by tensor. Device "meta": nothing is read."""
+    """An LM from a folder's weights, frozen, with `layer_ids` (default: all) of its layers.
+
+    Strict: every tensor of the architecture, in its shape, and nothing else; what stands twice (in
+    two sets of files, or as a tied head) must be equal; else UserError. `dtype` None: as stored.
+    One shard is mapped at a time, and copied tensor by tensor. Device "meta": nothing is read.
+    """
     with torch.device("meta"):
-        lm, whole = LM.empty(config, layer_ids), dict(LM.empty(config).named_parameters())
+        lm, part = LM.empty(config), LM.empty(config, layer_ids)
     if torch.device(device).type == "meta":
-        return lm.to(dtype).requires_grad_(False)
-    kept, state, filled = lm.state_dict().keys(), {}, Counter()
-    tied = {"output.weight": "tok_embeddings.weight"} if config.tied else {}
-    for path, shard, parts in weight_files(Path(folder)):
-        for key, name, tensor in named_tensors(path, config):
-            name = tied.get(name, name)
-            if name not in whole:
-                raise UserError(f"{path}: surplus tensor {key:.80}, which a LLaMA of "
-                                f"{config.n_layers} layers does not have")
-            where, size = part_of(name, whole[name].shape, shard, parts), whole[name].numel()
-            expected = list(whole[name][where].shape)
-            if list(tensor.shape) != expected or not tensor.is_floating_point():
-                raise UserError(f"{path}: {key} is {tensor.dtype} {list(tensor.shape)}, expected "
-                                f"floats of shape {expected}; are all shards here?")
-            if name in kept and name not in state:
-                kind = dtype or tensor.dtype
-                state[name] = torch.empty_like(whole[name], dtype=kind, device=device)
-                lm.stored = tensor.dtype if tensor.dim() == 2 else lm.stored
-            if name in kept and filled[name] < size:
-                state[name][where].copy_(tensor)
-            elif name in kept and not torch.equal(state[name][where], tensor.to(state[name])):
-                raise UserError(f"{path}: {key} has other numbers than {name} had before in "
+        return part.to(dtype).requires_grad_(False)
+    kept, known = part.state_dict().keys(), lm.state_dict().keys()
+    state, parts = {}, defaultdict(list)
+    for path, shards in weight_files(Path(folder)):
+        for name, tensor in named_tensors(path, config):
+            if name not in known or not tensor.is_floating_point():
+                raise UserError(f"{path}: surplus tensor {name:.80} of {tensor.dtype}, which a "
+                                f"LLaMA of {config.n_layers} layers does not have")
+            place = device if name in kept else "meta"
+            parts[name].append(tensor.to(place, dtype or tensor.dtype, copy=True))
+            if tensor.dim() == 2 and len(parts[name]) < shards:     # a norm is whole in each shard
+                continue
+            axis = 1 if name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight")) else 0
+            with expecting("shards that fit together", f"{path}: {name:.80}"):
+                whole = torch.cat(parts[name], axis) if parts[name][1:] else parts[name][0]
+            key = "tok_embeddings.weight" if config.tied and name == "output.weight" else name
+            first = state.setdefault(key, whole)
+            if first is not whole and name in kept and not torch.equal(first.to(whole), whole):
+                raise UserError(f"{path}: {name} has other numbers than {key} had before in "
                                 f"{folder}; remove one of the two")
-            filled[name] = min(filled[name] + tensor.numel(), size)
+            del parts[name]
+            lm.stored = tensor.dtype if name.endswith("wq.weight") else lm.stored
         tensor = None                                   # unmaps this shard before the next
-    if missing := [name for name, p in whole.items() if filled[name] != p.numel()]:
-        raise UserError(f"{folder}: {len(missing)} tensors are missing or incomplete, the first is "
-                        f"{missing[0]} {list(whole[missing[0]].shape)}")
-    return lm.take(state)
+    with expecting(f"all tensors of a LLaMA of {config.n_layers} layers, from all shards", folder):
+        lm.take(state)
+    return lm if layer_ids is None else lm.with_layers({i: lm.layers[str(i)] for i in layer_ids})
 
 def load(folder, layer_ids=None, dtype=torch.float32, device="cpu") -> tuple[LM, Tokenizer]:
     """The model and the tokenizer of a checkpoint folder, Meta's or Hugging Face's."""
@@ -483,9 +485,12 @@ def generate_batch(lm: LM, prompts, max_new_tokens: int, ends: tuple, pick) -> l
 def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos, batch_size=0,
              temperature=0.0, top_k=0, top_p=1.0, generator=None, stop: int | None = None,
              progress: str | None = None) -> list[list[int]]:
-    """New token ids of each prompt, without `eos` (an id or several), in the prompts' order. Greedy
-    at temperature 0, else drawn with `generator` (on the model's device). A text also ends behind
-    the piece `stop`. batch_size 0: up to 64 whose caches take CACHE_BYTES, sorted by length."""
+    """New token ids of each prompt, without `eos` (an id or several), in the prompts' order.
+
+    Greedy at temperature 0, else sampled with `generator` (on the model's device). Prompts are
+    sorted by length so that a batch wastes little padding; batch_size 0: up to 64 whose caches take
+    CACHE_BYTES. A text also ends behind the piece `stop`; `progress` names a progress bar.
+    """
     assert all(prompts), "generate: an empty prompt; begin with BOS"
     eos = (eos,) if isinstance(eos, int) else tuple(eos)
     ends, pick = eos if stop is None else (*eos, stop), lambda logits: logits.argmax(-1)

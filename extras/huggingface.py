@@ -119,8 +119,8 @@ def reorder(name: str, tensor: Tensor, config: ModelConfig, from_hf: bool) -> Te
 
 
 def translated(path: Path, tensors: dict[str, Tensor], config: ModelConfig):
-    """Of a file with Hugging Face's names: (name there, Meta's name, tensor in Meta's order of
-    rows), one after the other. A name of another scheme is a UserError."""
+    """Of a file with Hugging Face's names: (Meta's name, tensor in Meta's order of rows), one after
+    the other. A name of another scheme is a UserError."""
     for key, tensor in tensors.items():
         name = meta_name(key)
         if key.endswith("rotary_emb.inv_freq"):
@@ -132,7 +132,7 @@ def translated(path: Path, tensors: dict[str, Tensor], config: ModelConfig):
         if heads and tensor.shape[:1] != (heads * config.head_dim,):
             raise UserError(f"{path}: {key} is {list(tensor.shape)}, expected "
                             f"{[heads * config.head_dim, config.dim]}")
-        yield key, name, reorder(name, tensor, config, from_hf=True)
+        yield name, reorder(name, tensor, config, from_hf=True)
 
 
 def to_hf(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -217,8 +217,8 @@ INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 USUAL = ("model", "pytorch_model", "consolidated")      # how the names of a model's files begin
 
 
-def weight_files(folder: Path) -> list[tuple[Path, int, int]]:
-    """(file, 0, 1) of a folder's .safetensors and .bin files: each tensor stands whole in one.
+def weight_files(folder: Path) -> list[Path]:
+    """A folder's .safetensors and .bin files with weights; each tensor stands whole in one.
 
     A folder may have the model twice, for example as safetensors and as .bin. Then each set must
     hold all of it; `load_weights` compares their numbers.
@@ -233,7 +233,7 @@ def weight_files(folder: Path) -> list[tuple[Path, int, int]]:
     sets = sets or ([rest] if rest else [])
     for files in sets if len(sets) > 1 else []:
         check_complete(folder, files)
-    return [(folder / name, 0, 1) for files in sets for name in files if files is not meta]
+    return [folder / name for files in sets for name in files if files is not meta]
 
 
 def indexed(index: Path) -> list[str]:
@@ -263,7 +263,8 @@ def numbered(folder: Path, names: list[str]) -> list[list[str]]:
 
 
 def check_complete(folder: Path, files: list[str]):
-    config, held = ModelConfig.read(folder), set()
+    """One of two sets of weights must hold every tensor: two halves are not one model."""
+    config, held = replace(ModelConfig.read(folder), vocab_size=1), set()   # names are all it takes
     for path in (folder / name for name in files):
         read = read_safetensors if path.suffix == ".safetensors" else read_pickle
         held |= {meta_name(name) or name for name in read(path)}

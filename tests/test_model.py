@@ -239,6 +239,7 @@ def test_meta_shards_load_bit_for_bit():
         def as_stored(state, part):
             kinds = {n: fp32 if "norm" in n else stored for n in state}
             state.update({n: t.to(kinds[n]) for n, t in state.items()})
+            state["norm.weight"] = state.pop("norm.weight")         # as the last of all
             state["rope.freqs"] = torch.ones(4)
         with folder() as path:
             found = read(meta_folder(path, lm, parts, edit=as_stored), dtype=wanted)
@@ -301,24 +302,23 @@ def test_damaged_checkpoints_are_refused_by_name():
         meta_folder(path, tiny_lm(vocab_size=96), 2)
         (path / "consolidated.01.pth").unlink()
     cases = [
-        (edited(lambda s: s.pop(first)), first, "missing"),
+        (edited(lambda s: s.pop(first)), first, "Missing"),
         (edited(lambda s: s.update({"layers.5.ffn_norm.weight": torch.ones(48)})),
          "layers.5.ffn_norm", "surplus"),
         (edited(lambda s: s.update({"layers.0.attention.wq.bias": torch.ones(48)})),
          "wq.bias", "surplus"),
         (edited(lambda s: s.update({first: s[first][:-1].clone()})), first, "47", "48"),
-        (edited(lambda s: s.update({first: s[first].T.reshape(96, 24)})), first),
+        (edited(lambda s: s.update({first: s[first].T.reshape(96, 24)})), first, "[96, 24]"),
         (edited(lambda s: s.update({first: s[first].long()})), first, "int64"),
         (edited(lambda s: s.update({first: s[first][0, 0].clone()})), first, "[]"),
         (edited(lambda s: s.update({first: s[first].to_sparse()})), first, "plain tensors"),
-        (edited(lambda s: s.clear()), "missing"),
-        (lambda path: meta_folder(path, tiny_lm(vocab_size=97), 2), "output.weight"),
+        (edited(lambda s: s.clear()), "Missing"),
         (edited(lambda s: s.update({"output.weight": s["output.weight"][:96]})), "output.weight"),
-        (half, "consolidated.00.pth", "all shards"),
+        (half, "[96, 24]", "all shards"),
         (rewritten("consolidated.00.pth", {"w": Evil()}), "consolidated.00.pth"),
         (rewritten("consolidated.00.pth", [torch.ones(2)]), "dict", "list"),
         (rewritten("consolidated.00.pth", {first: "text"}), "dict of plain tensors"),
-        (rewritten("consolidated.02.pth", {}), "consolidated.00.pth", "all shards"),
+        (rewritten("consolidated.02.pth", {}), "Missing", "all shards"),
         (lambda path: meta_folder(path, lm).joinpath("consolidated.00.pth").rename(path / "x.gguf"),
          "found no", "pth")]
     for make, *words in cases:
@@ -329,13 +329,15 @@ def test_damaged_checkpoints_are_refused_by_name():
             assert not Path(Evil.path).exists(), "code in a checkpoint was run"
 
 
-def test_shards_that_do_not_divide_a_tensor_are_refused():
+def test_shards_that_do_not_make_a_whole_tensor_are_refused():
     # kills: n // parts without the remainder (the last row would be left uninitialised)
-    def even(state, part):
-        state["output.weight"] = state["output.weight"][:48].clone()
-    with folder() as path:
-        meta_folder(path, tiny_lm(), 2, edit=even)
-        refused(lambda: read(path), "output.weight", "97")
+    def changed(state, part):
+        state["output.weight"] = change(state["output.weight"], part).clone()
+    for change, word in ((lambda t, part: t[:48], "[96, 48]"),
+                         (lambda t, part: t[:, :48 - part], "fit together")):
+        with folder() as path:
+            meta_folder(path, tiny_lm(), 2, edit=changed)
+            refused(lambda: read(path), "output.weight", word)
 
 
 def test_copies_of_a_norm_in_several_shards_must_agree():
@@ -452,7 +454,7 @@ def test_generation_is_the_argmax_of_every_step_without_a_cache():
 
 
 def test_generation_ends_at_any_of_several_ids():
-    # kills: the first id alone ends a text; the text is cut at the first id alone
+    # kills: the text is cut at the first of the ids alone
     lm = tiny_lm(3)
     free = [free_text(lm, p, 14) for p in PROMPTS]
 
@@ -558,7 +560,7 @@ def test_sampling_stays_within_top_k_and_top_p_and_follows_the_softmax():
 
 
 def test_sampling_draws_as_multinomial_does():
-    # kills: another distribution than Exp(1); the draw not mapped back to its piece
+    # kills: uniform numbers in place of Exp(1)'s; the draw not mapped back to its piece
     z, g = random(500, 40, std=2.0), torch.Generator().manual_seed(1)
     p, ids = z.softmax(-1).sort(dim=-1, descending=True, stable=True)
     expected = ids.gather(1, torch.multinomial(p, 1, generator=g))[:, 0]
