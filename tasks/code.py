@@ -243,11 +243,11 @@ def judge(row: dict, lang: str, body: str, box: Box, seconds: float = RUN_SECOND
 
     A program cannot read that word in its source or its class files, nor start a process that tries
     an answer, nor change its tests by a macro or a class behind the function. Not stopped, here as
-    in the official evaluation: one that looks for the word in its own memory (Python's frames), or
-    takes its executable apart; that calls the tests itself, or starts itself again, to try answers;
-    that replaces a function of the library which the tests call, or handles the signal of a failed
-    assertion; that returns an object which equals everything. Where Python has no ctypes, or the
-    kernel no seccomp, processes can be started.
+    in the official evaluation: one that looks for the word in its own memory, or changes its tests
+    there (Python's frames), or takes its executable apart; that calls the tests itself, or starts
+    itself again, to try answers; that replaces a function of the library which the tests call, or
+    handles the signal of a failed assertion; that returns an object which equals everything. Where
+    Python has no ctypes, or the kernel no seccomp, processes can be started.
     """
     word = secrets.randbits(62) | 1 << 62, secrets.randbits(62)         # 19 digits, whatever comes
     program = program_of(row, lang, body, word)
@@ -378,8 +378,9 @@ def read_verdicts(path: Path) -> dict[str, str]:
     for line in read_bytes(path).split(b"\n") if path.exists() else ():
         with contextlib.suppress(UserError):
             row = parse_json(line, path)
-            if isinstance(row, dict) and row.get("verdict") != WITHOUT_NUMPY:
-                verdicts[str(row.get("key"))] = row.get("verdict")
+            verdict = row.get("verdict") if isinstance(row, dict) else None
+            if isinstance(verdict, str) and verdict != WITHOUT_NUMPY:
+                verdicts[str(row.get("key"))] = verdict
     return verdicts
 
 

@@ -97,7 +97,7 @@ def asked(query: str) -> str:
 def boolq(row) -> list[Question]:
     label = row.get("label") if isinstance(row, dict) else row
     answer = {"true": "Yes", "false": "No"}.get(str(label).lower())     # JSON's true, or a text
-    if type(label) not in (bool, str) or not answer:
+    if not answer:
         raise ValueError(f"expected 'label' as true or false, found {label!r:.60}")
     return [Question(asked(value(row, "question")), value(row, "passage"), [answer])]
 
@@ -126,33 +126,33 @@ def natural_open(row) -> list[Question]:
 
 def quac(row) -> list[Question]:
     """Every turn, with the true turns before it. DIFFERS: HELM scores one turn, drawn at random,
-    and sets Title, Background and turns apart by empty lines.
+    and sets Title, Background and turns apart by empty lines."""
+    dialogues, heads = value(row, "paragraphs", list), [("Title", value(row, "title"))]
+    heads += [(name, value(row, key)) for name, key in (
+        ("Background", "background"), ("Section", "section_title")) if key in row]
+    head = "".join(f"{name}: {text}\n" for name, text in heads if text)
+    return [question for dialogue in dialogues for question in turns(dialogue, head)]
 
-    Where all answers abstain HELM accepts four forms of that, else CANNOTANSWER as it stands.
-    """
-    dialogues, questions = value(row, "paragraphs", list), []
-    heads = [(name, value(row, key)) for name, key in (
-        ("Title", "title"), ("Background", "background"), ("Section", "section_title"))
-        if key in row or key == "title"]
-    for dialogue in dialogues:
-        text = "".join(f"{name}: {said}\n" for name, said in heads if said)
-        text += value(dialogue, "context").removesuffix(" CANNOTANSWER")
-        for turn in value(dialogue, "qas", list):
-            ask = value(turn, "question")
-            answers = [value(a, "text") for a in value(turn, "answers", list)]
-            if not answers:
-                raise ValueError("expected 'answers' as a list of at least one answer, found []")
-            if set(answers) == {"CANNOTANSWER"}:
-                answers += ["Not enough information", "Cannot answer", "Do not know"]
-            questions.append(Question(ask, text, list(dict.fromkeys(answers))))
-            said = value(value(turn, "orig_answer", dict), "text")
-            text += f"\nQuestion: {ask}\nAnswer: {said}"
-    return questions
+
+def turns(dialogue, text: str):
+    """The questions of one dialogue. Where all answers abstain HELM accepts four forms of that,
+    else CANNOTANSWER as it stands."""
+    text += value(dialogue, "context").removesuffix(" CANNOTANSWER")
+    for turn in value(dialogue, "qas", list):
+        ask, answers = value(turn, "question"), value(turn, "answers", list)
+        answers = list(dict.fromkeys(value(answer, "text") for answer in answers))
+        if not answers:
+            raise ValueError("expected 'answers' as a list of at least one answer, found []")
+        if answers == ["CANNOTANSWER"]:
+            answers += ["Not enough information", "Cannot answer", "Do not know"]
+        yield Question(ask, text, answers)
+        said = value(value(turn, "orig_answer", dict), "text")
+        text += f"\nQuestion: {ask}\nAnswer: {said}"
 
 
 def hellaswag(row) -> list[Question]:
     label, then = row.get("label") if isinstance(row, dict) else row, value(row, "ctx_b")
-    if type(label) not in (int, str) or str(label) not in ("0", "1", "2", "3"):
+    if str(label) not in ("0", "1", "2", "3"):                         # a number, or a text
         raise ValueError(f"expected 'label' as 0..3, found {label!r:.60}")
     ask = (f"{value(row, 'activity_label')}: {value(row, 'ctx_a')} "
            f"{then[:1].upper()}{then[1:]}").strip()
@@ -205,6 +205,8 @@ def read_text(path: Path) -> str:
             with zipfile.ZipFile(io.BytesIO(blob)) as archive:
                 json_names = re.compile(r"(.*/)?[^./][^/]*\.json")
                 names = [name for name in archive.namelist() if json_names.fullmatch(name)]
+                if not names:
+                    raise LookupError("no .json file in it")
                 with archive.open(names[0]) as file:
                     blob = file.read(LARGEST + 1)
         if len(blob) > LARGEST:

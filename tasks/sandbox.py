@@ -107,10 +107,16 @@ def scratch(name: str):
     cleaner = subprocess.Popen(["sh", "-c", CLEAN, "sh", base], stdin=subprocess.PIPE,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                start_new_session=True)
+    patience = 60
     try:
         yield base
+    except KeyboardInterrupt:
+        patience = 0.1                      # the cleaner finishes alone
+        raise
     finally:
-        cleaner.communicate(b"\n")
+        cleaner.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            cleaner.wait(patience)
 
 
 def run_sandboxed(command: list, files: dict, box: Box, seconds=10.0, memory_mb=1024,
