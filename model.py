@@ -1,7 +1,5 @@
 """A LLaMA decoder by hand: Touvron et al. 2023 (arXiv 2302.13971, 2307.09288), with Meta's names.
-
-In order: files (read with checks, written whole or not at all); ModelConfig; Attention, Block, LM;
-Tokenizer, load (a checkpoint folder: mapped, strict); generate (in batches, with a cache).
+In order: files; ModelConfig; Attention, Block, LM; Tokenizer, load; generate.
 B sequences, T tokens, D dim, H query heads, G key/value heads, d = D / H, V vocabulary.
 
     from model import load
@@ -362,9 +360,6 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self.pieces.decode(ids)
-
-    def vocabulary(self) -> list[str]:
-        return [self.pieces.id_to_piece(i) for i in range(self.vocab_size)]
 
 def load_tokenizer(folder, config: ModelConfig) -> Tokenizer:
     """tokenizer.model of a checkpoint folder. In Hugging Face's, further ids may end a text."""
