@@ -9,6 +9,7 @@ partition; Batch and Shard (what a client, or the server, draws its batches from
 import gzip
 import hashlib
 import io
+import os
 import random
 import re
 import sys
@@ -28,7 +29,7 @@ LARGEST = 2**31         # bytes of a data file once unpacked: more is no data se
 def find_file(data_dir, name: str) -> Path:
     """data_dir/name. What the user placed is used as it is; what is missing is downloaded once."""
     path = Path(data_dir) / name
-    if not path.exists():
+    if not os.path.exists(path):
         from extras.download import fetch                   # pinned commits, checked, renamed
         fetch(path, name)
     return path

@@ -6,9 +6,7 @@ command line. FedBiOT section 4.1, Appendix A.
 
     python eval.py --run runs/gsm8k-fedbiot-b0.2-s2-seed0 --model adapfu
     python eval.py --ckpt llama-2-7b --data-dir data --task dolly --limit 200
-    python eval.py --ckpt tiny/llama --prompt "Once upon a time"
     python eval.py --task gsm8k --predictions answers.jsonl
-    python eval.py --task rosetta --predictions samples.jsonl --run-code
 """
 import argparse
 import json
@@ -231,6 +229,7 @@ class Command(EvalConfig):
 def main_guard(main):
     """Runs `main`; a user's mistake ends in one line and status 2, Ctrl-C likewise and 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="replace")                # a terminal may know ASCII alone
     try:
         sys.exit(main())
     except UserError as error:

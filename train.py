@@ -191,7 +191,7 @@ def made_of(folder: Path) -> dict[str, str]:
 
 def read_run(folder: Path) -> RunConfig:
     """The configuration of a finished run, whose config.json and lora.pt are as it wrote them."""
-    if not (folder / "summary.json").is_file():
+    if not os.path.isfile(folder / "summary.json"):
         raise UserError(f"--run {folder}: expected the folder of a finished run; go on with "
                         f"train.py --resume --out {folder}")
     with expecting("config.json and lora.pt as the run wrote them", folder):
