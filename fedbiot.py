@@ -426,7 +426,7 @@ class Client:
         return upload, {"loss": torch.stack(losses).mean().item()}
 
     def loss(self, batch) -> Tensor:
-        """Eq. 1: F_m on a batch, a scalar.  ABLATE: the client's loss"""
+        """Eq. 1: F_m, a mean over tokens as in Eq. 3.  ABLATE: the client's loss"""
         h = self.lm.hidden(batch.tokens, rows=batch.rows)           # (N, D): answer's tokens only
         return linear_cross_entropy(h, self.lm.output.weight, batch.targets, batch.weights)
 
