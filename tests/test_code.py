@@ -79,7 +79,7 @@ def test_completions_end_where_their_function_does():
 
 
 def test_a_completion_is_read_once_however_much_it_opens():
-    # kills: what does not end tried again from each place (as `R"(`: 20,000 took a minute)
+    # kills: what does not end tried again from each place (20,000 of `R"(` took three seconds)
     n = 20_000
     parts = ['R"(', 'R"x(', "/* ", "/*/", '"""', "'''", "`", '"\\', "'", "'\\", '"\\"', '\\"""',
              "{", "}", "R", 'R"', "//", "#", "\n", "\\u007b", "\\u", "\\\\", "f(", "func f("]
@@ -234,7 +234,8 @@ class Arrays \\u007b
     }
 """
 WRONG = {"Python/0": {
-    "no answer": "    return None\n", "an oracle by fork": ORACLE.format("os.fork"),
+    "no answer": "    return None\n", "leaves before its tests": "    import os; os._exit(0)\n",
+    "an oracle by fork": ORACLE.format("os.fork"),
     "an oracle by the C library's fork": ORACLE.format("ctypes.CDLL(None).fork")},
     "CPP/0": {
     "no answer": "    return 0;\n}\n", "an oracle by fork": CPP_ORACLE,
@@ -275,9 +276,9 @@ def boxes() -> list:
 
 def test_right_programs_pass_and_wrong_ones_fail():
     # kills: the last word before the tests; the output's last 10,000 bytes alone; no numpy; the
-    # prompt's comments read as headers; packages of comments; a variable's name as a package; C++
-    # tests behind the body; guard left out of the run; the word as text in an executable or a class
-    # file; class files left in the folder; \u007d not read
+    # prompt's comments read as headers; a variable's name as a package; C++ tests behind the body;
+    # guard left out of the run; the word as text in an executable; class files left in the folder;
+    # \u007d not read
     boxes()
     with folder() as path:
         problems_in(path, PYTHON, CPP, GO, JAVA)
@@ -505,6 +506,8 @@ def test_a_model_is_sampled_and_its_programs_are_scored():
         whole = model.generate(lm(), [[t.bos] + ids], 4, t.eos)[0]
         assert humaneval.sample_code(lm(), t, greedy, "x")[0]["generation"] == (
             t.decode(ids + whole)[len(t.decode(ids)):])
+        with patch.object(humaneval, "generate", lambda *given, **named: 4 * [t.encode("a + b")]):
+            assert humaneval.sample_code(lm(), t, greedy, "x")[0]["generation"] == " a + b"
         t.ends = (t.eos, whole[1])
         assert len(humaneval.sample_code(lm(), t, greedy, "x")[0]["generation"]) < len(
             t.decode(ids + whole)) - len(t.decode(ids))
