@@ -221,13 +221,14 @@ def mutated(blob: bytes, rng) -> bytes:
     out = bytearray(blob)
     for _ in range(rng.integers(1, 4)):
         at, n = int(rng.integers(len(out) + 1)), int(rng.integers(1, 9))
-        token, number = TOKENS[rng.integers(len(TOKENS))], str(rng.integers(300)).encode()
+        token = TOKENS[rng.integers(len(TOKENS))]
         values = [m.span() for m in re.finditer(rb"\d+|\"[^\"]{1,40}\"", out)] or [(at, at)]
         value = slice(*values[rng.integers(len(values))])
-        there, new = [(slice(at, at + n), rng.bytes(n)), (slice(at, at + n), b""),
-                      (slice(at, at), rng.bytes(n)), (slice(at, len(out)), b""),
-                      (slice(at, at + n), token), (value, token), (value, number)][rng.integers(7)]
-        out[there] = new
+        here, other, more = slice(at, at + n), rng.bytes(n), rng.bytes(n)
+        number = str(rng.integers(300)).encode()
+        where, new = [(here, other), (here, b""), (slice(at, at), more), (slice(at, None), b""),
+                      (here, token), (value, token), (value, number)][rng.integers(7)]
+        out[where] = new
     return bytes(out)
 
 
