@@ -390,41 +390,46 @@ def run_rounds(server, client, shards, **keywords):
 # ---- command lines and run folders --------------------------------------------------------------
 
 RUN_FILES = {"config.json", "log.csv", "state.pt", "lora.pt", "summary.json"}
+WEIGHTS = ("--align-init-on", "weights")                    # of a run that has emulator.pt too
 
 
 def cli(*argv, main=train.main) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of a command line, in this process."""
-    out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
+    threads = torch.get_num_threads()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             evaluation.main_guard(lambda: main([str(a) for a in argv]))
         except SystemExit as end:
             status = end.code
     torch.set_num_threads(threads)
-    return status, out.getvalue(), err.getvalue()
+    for stream in (out, err):
+        stream.flush()
+    return status, *(stream.buffer.getvalue().decode() for stream in (out, err))
 
 
-def small_run(path: Path) -> list[str]:
-    """Writes a random checkpoint and a few rows of data; gives the flags of a short run."""
+def small_run(path: Path, *more) -> list[str]:
+    """Writes a random checkpoint and a few rows of data; gives the flags of a short run, and
+    `more` of them."""
     meta_folder(path / "ckpt", tiny_lm(vocab_size=1024), tokenizer=True)
     gsm8k_folder(path / "data")
     flags = {"task": "gsm8k", "ckpt": path / "ckpt", "data-dir": path / "data", "dropout": "0.34",
              "adapter": 2, "rounds": 3, "local-steps": 2, "batch-size": 3, "align-init": 2,
              "align-steps": 1, "lr": 1e-3, "server-lr": 1e-3, "max-len": 200, "shots": 0,
              "eval-limit": 2, "threads": 1}
-    return [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
+    return [str(x) for name, value in flags.items() for x in (f"--{name}", value)] + [*more]
 
 
-def scored(lm, tokenizer, task, opts, progress) -> dict:
+def scored(lm, tokenizer, cfg, progress) -> dict:
     """In place of an evaluation: a number that depends on everything the model is made of."""
     weights = enumerate(lm.state_dict().values(), start=1)
     total = sum(i * p.double().abs().mean().item() for i, p in weights)
-    return {"correct": 1, "total": opts.limit, "accuracy": total}
+    return {"correct": 1, "total": cfg.eval_limit, "accuracy": total}
 
 
 def fast_scores():
     """While this lasts, a run in this process evaluates with `scored`."""
-    return patch.object(train, "evaluate", side_effect=scored)
+    return patch.object(evaluation, "score", side_effect=scored)
 
 
 def stopped_before_evaluation():
@@ -449,12 +454,18 @@ def outcome(run: Path) -> tuple:
     """What of a run folder must not depend on how often it was stopped, nor on the processes."""
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in read_log(run)]
     summary = read_json(run / "summary.json")
+    assert summary["made_of"].pop("config.json"), "it holds the folder's name"
     return rows, {k: v for k, v in summary.items() if k not in ("seconds", "peak_memory_bytes")}
 
 
 def assert_same_run(run: Path, other: Path):
+    """Logs and summaries but for their times, and every tensor that was learnt, to the bit."""
     assert outcome(run) == outcome(other), f"{outcome(run)}\n{outcome(other)}"
     assert same(read_saved(run / "lora.pt"), read_saved(other / "lora.pt"))
+    own = [(folder / "emulator.pt").exists() for folder in (run, other)]
+    assert own[0] == own[1], "emulator.pt in one of the two runs"
+    if own[0]:
+        assert same(read_saved(run / "emulator.pt"), read_saved(other / "emulator.pt"))
 
 
 # ---- processes ----------------------------------------------------------------------------------
