@@ -137,7 +137,7 @@ def digest_of(examples: list[Example]) -> str:
 def partition(labels: list[str], clients: int, seed: int) -> list[list[int]]:
     """Index lists, one a client, every row in exactly one. Rows without labels: i.i.d., sizes
     differing by at most one."""
-    if clients > len(labels):
+    if not 1 <= clients <= len(labels):
         raise UserError(f"--clients {clients}: there are {len(labels)} training examples, so "
                         f"choose 1..{len(labels)}")
     order = list(range(len(labels)))

@@ -32,8 +32,8 @@ ONE = {"task_id": "Python/0", "prompt": "def f():\n", "canonical_solution": "   
 
 def code_cfg(path, **changes):
     return SimpleNamespace(**{
-        "data_dir": path, "limit": 0, "batch_size": 0, "max_new_tokens": 4, "temperature": None,
-        "top_k": 40, "top_p": 0.75, "k": 0, "samples": 1, "seed": 0, "run_code": True,
+        "data_dir": path, "eval_limit": 0, "eval_batch": 0, "max_new_tokens": 4, "k": 0,
+        "temperature": None, "top_k": 40, "top_p": 0.75, "samples": 1, "seed": 0, "run_code": True,
         "unsafe_no_sandbox": False, "save_predictions": None, "predictions": None} | changes)
 
 
@@ -415,7 +415,7 @@ def test_a_language_without_its_tools_is_not_run():
             with contextlib.redirect_stdout(io.StringIO()) as said:
                 humaneval.report(found)
             assert said.getvalue() == "python   not run: no python3 on PATH\n"
-            cfg = code_cfg(BUNDLED_DATA, limit=1)
+            cfg = code_cfg(BUNDLED_DATA, eval_limit=1)
             refused(lambda: humaneval.score(lm(), tokenizer(), cfg, "x"), "--run-code", "no go on")
 
 
@@ -427,8 +427,8 @@ def test_mistakes_in_code_predictions_are_one_line_each():
                             ([good, "{\n"], 0, ("samples.jsonl, line 2",)),
                             ([{"task_id": 3}], 0, ("row 1", "task_id")),
                             ([{**good, "generation": 3}], 0, ("row 1", "generation")),
-                            ([good], 2, ("--k 2", "Python/0", "1")), ([], 0, ("none",)),
-                            (["\n"], 0, ("samples.jsonl", "none"))):
+                            ([good], 2, ("--k 2", "Python/0", "1")), ([], 0, ("no rows",)),
+                            (["\n"], 0, ("samples.jsonl", "no rows"))):
         with folder() as path:
             samples = samples_in(problems_in(path, ONE), lines)
             cfg = code_cfg(path, predictions=samples, k=k)
@@ -489,12 +489,12 @@ def test_every_file_is_read_and_the_sandbox_tried_before_they_are_needed():
 
 
 def test_a_model_is_sampled_and_its_programs_are_scored():
-    # kills: a text cut short at its spaces; --limit of all languages together; tokenizer.eos for
-    # tokenizer.ends; a share of samples as pass@1
+    # kills: a text cut short at its spaces; --eval-limit of all languages together; tokenizer.eos
+    # for tokenizer.ends; a share of samples as pass@1
     boxes()
     with folder() as path:
         saved = path / "kept.jsonl"
-        cfg = code_cfg(BUNDLED_DATA, limit=2, samples=2, save_predictions=str(saved),
+        cfg = code_cfg(BUNDLED_DATA, eval_limit=2, samples=2, save_predictions=str(saved),
                        run_code=False, temperature=1.0)
         found = humaneval.score(lm(), tokenizer(), cfg, "x")
         rows = [json.loads(line) for line in saved.read_text().splitlines()]
@@ -502,7 +502,7 @@ def test_a_model_is_sampled_and_its_programs_are_scored():
         assert [row["task_id"] for row in rows[2:6]] == ["Python/1", "Python/1", "CPP/0", "CPP/0"]
         t = tokenizer()
         ids = t.encode(humaneval.read_problems(BUNDLED_DATA, "python")["Python/0"]["prompt"])
-        greedy = code_cfg(BUNDLED_DATA, limit=1)
+        greedy = code_cfg(BUNDLED_DATA, eval_limit=1)
         whole = model.generate(lm(), [[t.bos] + ids], 4, t.eos)[0]
         assert humaneval.sample_code(lm(), t, greedy, "x")[0]["generation"] == (
             t.decode(ids + whole)[len(t.decode(ids)):])
