@@ -79,7 +79,7 @@ def layer_extract(n: int, s: int, beta: Fraction) -> tuple[list[int], list[int]]
     if not 1 <= s < n:
         raise UserError(f"--adapter {s}: the model has {n} layers, so choose 1..{n - 1}")
     kept = int((1 - Fraction(beta)) * (n - s))                          # floor: both are >= 0
-    if not 1 <= kept <= n - s:
+    if beta < 0 or kept < 1:
         raise UserError(f"--dropout {float(beta):g}: leaves {kept} of the {n - s} layers below the "
                         f"adapter; choose 0..{float(1 - Fraction(1, n - s)):.4g}")
     return spread(n - s, kept), list(range(n - s, n))
