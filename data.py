@@ -9,6 +9,7 @@ partition; Batch and Shard (what a client, or the server, draws its batches from
 import gzip
 import hashlib
 import io
+import os
 import random
 import re
 import sys
@@ -28,7 +29,7 @@ LARGEST = 2**31         # bytes of a data file once unpacked: more is no data se
 def find_file(data_dir, name: str) -> Path:
     """data_dir/name. What the user placed is used as it is; what is missing is downloaded once."""
     path = Path(data_dir) / name
-    if not path.exists():
+    if not os.path.exists(path):
         from extras.download import fetch                   # pinned commits, checked, renamed
         fetch(path, name)
     return path
@@ -136,7 +137,7 @@ def digest_of(examples: list[Example]) -> str:
 def partition(labels: list[str], clients: int, seed: int) -> list[list[int]]:
     """Index lists, one a client, every row in exactly one. Rows without labels: i.i.d., sizes
     differing by at most one."""
-    if clients > len(labels):
+    if not 1 <= clients <= len(labels):
         raise UserError(f"--clients {clients}: there are {len(labels)} training examples, so "
                         f"choose 1..{len(labels)}")
     order = list(range(len(labels)))

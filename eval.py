@@ -6,9 +6,7 @@ command line. FedBiOT section 4.1, Appendix A.
 
     python eval.py --run runs/gsm8k-fedbiot-b0.2-s2-seed0 --model adapfu
     python eval.py --ckpt llama-2-7b --data-dir data --task dolly --limit 200
-    python eval.py --ckpt tiny/llama --prompt "Once upon a time"
     python eval.py --task gsm8k --predictions answers.jsonl
-    python eval.py --task rosetta --predictions samples.jsonl --run-code
 """
 import argparse
 import json
@@ -103,12 +101,12 @@ class EvalConfig:
     data_dir: str | None = option(None, "folder of the data files; default the bundled data")
     eval_limit: int = option(0, "first N test examples, of each language or scenario (0: all)")
     eval_batch: int = option(0, "sequences generated at a time (0: what 4 GB of cache hold)")
-    shots: int = option(8, "worked examples in its prompts; bundled model 0")
+    shots: int = option(8, "worked examples in a prompt, as the authors' code; bundled model 0")
     max_new_tokens: int = option(0, "of an answer (0: the task's own, GSM8K 256)")
-    samples: int = option(20, "programs a problem; bundled model 1", least=1)
-    temperature: float | None = option(None, "of the samples; 0.1, for a single one 0")
-    top_k: int = option(40, "sample among so many pieces (0: all)")
-    top_p: float = option(0.75, "and among those that hold this probability", least=1e-9, most=1)
+    samples: int = option(20, "programs a problem, as the authors' code; bundled model 1", least=1)
+    temperature: float | None = option(None, "of the samples; the authors' 0.1, for a single one 0")
+    top_k: int = option(40, "sample among so many pieces, as the authors' code (0: all)")
+    top_p: float = option(0.75, "among those of this probability, likewise", least=1e-9, most=1)
     k: int = option(0, "of pass@k; 0: 1, and 10 where there are 10 samples")
     run_code: bool = option(False, "run a model's programs, each in a sandbox, to score them")
     unsafe_no_sandbox: bool = option(False, "run them without one where none works")
@@ -231,6 +229,7 @@ class Command(EvalConfig):
 def main_guard(main):
     """Runs `main`; a user's mistake ends in one line and status 2, Ctrl-C likewise and 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="replace")                # a terminal may know ASCII alone
     try:
         sys.exit(main())
     except UserError as error:

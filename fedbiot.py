@@ -79,7 +79,7 @@ def layer_extract(n: int, s: int, beta: Fraction) -> tuple[list[int], list[int]]
     if not 1 <= s < n:
         raise UserError(f"--adapter {s}: the model has {n} layers, so choose 1..{n - 1}")
     kept = int((1 - Fraction(beta)) * (n - s))                          # floor: both are >= 0
-    if not 1 <= kept <= n - s:
+    if beta < 0 or kept < 1:
         raise UserError(f"--dropout {float(beta):g}: leaves {kept} of the {n - s} layers below the "
                         f"adapter; choose 0..{float(1 - Fraction(1, n - s)):.4g}")
     return spread(n - s, kept), list(range(n - s, n))
@@ -426,7 +426,7 @@ class Client:
         return upload, {"loss": torch.stack(losses).mean().item()}
 
     def loss(self, batch) -> Tensor:
-        """Eq. 1: F_m on a batch, a scalar.  ABLATE: the client's loss"""
+        """Eq. 1: F_m, a mean over tokens as in Eq. 3.  ABLATE: the client's loss"""
         h = self.lm.hidden(batch.tokens, rows=batch.rows)           # (N, D): answer's tokens only
         return linear_cross_entropy(h, self.lm.output.weight, batch.targets, batch.weights)
 

@@ -1,11 +1,10 @@
 """The command line: federated fine-tuning of a LLaMA that its owner keeps, by FedBiOT and others.
-
 In order: METHODS (one line a method); RunConfig (every flag, with its help and default); plan (what
 a run costs, counted without weights); the run folder; Run (log, state, evaluation); main.
 
     python train.py --task gsm8k --dropout 0.2 --adapter 2
     python train.py --task gsm8k --dropout 0.2 --adapter 2 --ckpt llama-2-7b --data-dir data
-    python train.py --method fedtt --help                       # a method's own flags too
+    python train.py --method fedtt --help
 """
 import contextlib
 import fcntl
@@ -187,16 +186,17 @@ def locked(folder: Path):
 
 def made_of(folder: Path) -> dict[str, str]:
     """Fingerprints that tie a run's configuration to what it learnt."""
-    return {name: fingerprint(folder / name) for name in ("config.json", "lora.pt")}
+    files = (folder / name for name in ("config.json", "lora.pt", "emulator.pt"))
+    return {path.name: fingerprint(path) for path in files if os.path.isfile(path)}
 
 def read_run(folder: Path) -> RunConfig:
-    """The configuration of a finished run, whose config.json and lora.pt are as it wrote them."""
-    if not (folder / "summary.json").is_file():
+    """The configuration of a finished run, whose files are as the run wrote them."""
+    if not os.path.isfile(folder / "summary.json"):
         raise UserError(f"--run {folder}: expected the folder of a finished run; go on with "
                         f"train.py --resume --out {folder}")
-    with expecting("config.json and lora.pt as the run wrote them", folder):
+    with expecting("config.json, lora.pt and emulator.pt as the run wrote them", folder):
         if read_json(folder / "summary.json")["made_of"] != made_of(folder):
-            raise ValueError("another config.json or lora.pt; restore it, or train again")
+            raise ValueError("another one; restore it, or train again")
         values = read_json(folder / "config.json")
         values["dropout"] = Fraction(values["dropout"])
         return checked(config_of(values["method"]), values)

@@ -131,9 +131,9 @@ def start_from(path: Path, server, config: ModelConfig, scale: float):
     emulator, which shall mimic the untuned model, none. `scale`: alpha / r of the server's LoRA.
     """
     path = Path(path)
-    file = path / "lora.pt" if path.is_dir() else path
+    file = path / "lora.pt" if os.path.isdir(path) else path
     if os.path.isfile(path / "adapter_config.json"):
-        if file.exists():
+        if os.path.exists(file):
             raise UserError(f"--init-lora {path}: holds both a PEFT adapter and a run's lora.pt; "
                             f"give {file}, or a folder with the adapter alone")
         fill(path, server.tuned, read_peft(path, config), scale)

@@ -375,7 +375,7 @@ def read_problems(data_dir, lang: str) -> dict[str, dict]:
 def read_verdicts(path: Path) -> dict[str, str]:
     """What an earlier scoring, perhaps killed in mid-line, has found; without numpy: again."""
     verdicts = {}
-    for line in read_bytes(path).split(b"\n") if path.exists() else ():
+    for line in read_bytes(path).split(b"\n") if os.path.exists(path) else ():
         with contextlib.suppress(UserError):
             row = parse_json(line, path)
             verdict = row.get("verdict") if isinstance(row, dict) else None
@@ -499,7 +499,7 @@ def prepare(cfg) -> list[Path]:
              for lang in LANGS.values()]
     if cfg.save_predictions:
         place = Path(cfg.save_predictions)
-        if place.is_dir() or not os.access(place.parent, os.W_OK | os.X_OK):
+        if os.path.isdir(place) or not os.access(place.parent, os.W_OK | os.X_OK):
             raise UserError(f"--save-predictions {place}: expected a file's name in a folder that "
                             f"you may write to")
     if cfg.run_code:

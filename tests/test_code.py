@@ -32,8 +32,8 @@ ONE = {"task_id": "Python/0", "prompt": "def f():\n", "canonical_solution": "   
 
 def code_cfg(path, **changes):
     return SimpleNamespace(**{
-        "data_dir": path, "limit": 0, "batch_size": 0, "max_new_tokens": 4, "temperature": None,
-        "top_k": 40, "top_p": 0.75, "k": 0, "samples": 1, "seed": 0, "run_code": True,
+        "data_dir": path, "eval_limit": 0, "eval_batch": 0, "max_new_tokens": 4, "k": 0,
+        "temperature": None, "top_k": 40, "top_p": 0.75, "samples": 1, "seed": 0, "run_code": True,
         "unsafe_no_sandbox": False, "save_predictions": None, "predictions": None} | changes)
 
 
@@ -79,7 +79,7 @@ def test_completions_end_where_their_function_does():
 
 
 def test_a_completion_is_read_once_however_much_it_opens():
-    # kills: what does not end tried again from each place (as `R"(`: 20,000 took a minute)
+    # kills: what does not end tried again from each place (20,000 of `R"(` took three seconds)
     n = 20_000
     parts = ['R"(', 'R"x(', "/* ", "/*/", '"""', "'''", "`", '"\\', "'", "'\\", '"\\"', '\\"""',
              "{", "}", "R", 'R"', "//", "#", "\n", "\\u007b", "\\u", "\\\\", "f(", "func f("]
@@ -234,7 +234,8 @@ class Arrays \\u007b
     }
 """
 WRONG = {"Python/0": {
-    "no answer": "    return None\n", "an oracle by fork": ORACLE.format("os.fork"),
+    "no answer": "    return None\n", "leaves before its tests": "    import os; os._exit(0)\n",
+    "an oracle by fork": ORACLE.format("os.fork"),
     "an oracle by the C library's fork": ORACLE.format("ctypes.CDLL(None).fork")},
     "CPP/0": {
     "no answer": "    return 0;\n}\n", "an oracle by fork": CPP_ORACLE,
@@ -275,9 +276,9 @@ def boxes() -> list:
 
 def test_right_programs_pass_and_wrong_ones_fail():
     # kills: the last word before the tests; the output's last 10,000 bytes alone; no numpy; the
-    # prompt's comments read as headers; packages of comments; a variable's name as a package; C++
-    # tests behind the body; guard left out of the run; the word as text in an executable or a class
-    # file; class files left in the folder; \u007d not read
+    # prompt's comments read as headers; a variable's name as a package; C++ tests behind the body;
+    # guard left out of the run; the word as text in an executable; class files left in the folder;
+    # \u007d not read
     boxes()
     with folder() as path:
         problems_in(path, PYTHON, CPP, GO, JAVA)
@@ -414,7 +415,7 @@ def test_a_language_without_its_tools_is_not_run():
             with contextlib.redirect_stdout(io.StringIO()) as said:
                 humaneval.report(found)
             assert said.getvalue() == "python   not run: no python3 on PATH\n"
-            cfg = code_cfg(BUNDLED_DATA, limit=1)
+            cfg = code_cfg(BUNDLED_DATA, eval_limit=1)
             refused(lambda: humaneval.score(lm(), tokenizer(), cfg, "x"), "--run-code", "no go on")
 
 
@@ -426,8 +427,8 @@ def test_mistakes_in_code_predictions_are_one_line_each():
                             ([good, "{\n"], 0, ("samples.jsonl, line 2",)),
                             ([{"task_id": 3}], 0, ("row 1", "task_id")),
                             ([{**good, "generation": 3}], 0, ("row 1", "generation")),
-                            ([good], 2, ("--k 2", "Python/0", "1")), ([], 0, ("none",)),
-                            (["\n"], 0, ("samples.jsonl", "none"))):
+                            ([good], 2, ("--k 2", "Python/0", "1")), ([], 0, ("no rows",)),
+                            (["\n"], 0, ("samples.jsonl", "no rows"))):
         with folder() as path:
             samples = samples_in(problems_in(path, ONE), lines)
             cfg = code_cfg(path, predictions=samples, k=k)
@@ -488,12 +489,12 @@ def test_every_file_is_read_and_the_sandbox_tried_before_they_are_needed():
 
 
 def test_a_model_is_sampled_and_its_programs_are_scored():
-    # kills: a text cut short at its spaces; --limit of all languages together; tokenizer.eos for
-    # tokenizer.ends; a share of samples as pass@1
+    # kills: a text cut short at its spaces; --eval-limit of all languages together; tokenizer.eos
+    # for tokenizer.ends; a share of samples as pass@1
     boxes()
     with folder() as path:
         saved = path / "kept.jsonl"
-        cfg = code_cfg(BUNDLED_DATA, limit=2, samples=2, save_predictions=str(saved),
+        cfg = code_cfg(BUNDLED_DATA, eval_limit=2, samples=2, save_predictions=str(saved),
                        run_code=False, temperature=1.0)
         found = humaneval.score(lm(), tokenizer(), cfg, "x")
         rows = [json.loads(line) for line in saved.read_text().splitlines()]
@@ -501,10 +502,12 @@ def test_a_model_is_sampled_and_its_programs_are_scored():
         assert [row["task_id"] for row in rows[2:6]] == ["Python/1", "Python/1", "CPP/0", "CPP/0"]
         t = tokenizer()
         ids = t.encode(humaneval.read_problems(BUNDLED_DATA, "python")["Python/0"]["prompt"])
-        greedy = code_cfg(BUNDLED_DATA, limit=1)
+        greedy = code_cfg(BUNDLED_DATA, eval_limit=1)
         whole = model.generate(lm(), [[t.bos] + ids], 4, t.eos)[0]
         assert humaneval.sample_code(lm(), t, greedy, "x")[0]["generation"] == (
             t.decode(ids + whole)[len(t.decode(ids)):])
+        with patch.object(humaneval, "generate", lambda *given, **named: 4 * [t.encode("a + b")]):
+            assert humaneval.sample_code(lm(), t, greedy, "x")[0]["generation"] == " a + b"
         t.ends = (t.eos, whole[1])
         assert len(humaneval.sample_code(lm(), t, greedy, "x")[0]["generation"]) < len(
             t.decode(ids + whole)) - len(t.decode(ids))

@@ -7,6 +7,8 @@ from unittest.mock import patch
 import data
 import eval as evaluation
 import model
+from model import UserError
+from tasks import gsm8k
 from tests.common import (
     cli, folder, gsm8k_folder, meta_folder, one_line, refused, tiny_lm, tokenizer,
 )
@@ -47,7 +49,11 @@ def test_a_file_of_predictions_is_scored_by_its_indices():
 
         def score(*rows):
             file.write_text("\n".join(json.dumps(r) for r in rows))
-            return evaluation.score_gsm8k_predictions(file, path)
+            argv = ("--task", "gsm8k", "--predictions", file, "--data-dir", path, "--json")
+            status, out, err = cli(*argv, main=evaluation.main)
+            if status:
+                raise UserError(one_line((status, out, err)))
+            return json.loads(out)
         found = score({"index": 3, "text": "The answer is 6.0"}, {"index": 1, "text": "it is 3"},
                       {"index": 2, "text": "4"})
         assert found == {"correct": 2, "total": 3, "accuracy": 2 / 3}
@@ -62,11 +68,11 @@ def test_a_file_of_predictions_is_scored_by_its_indices():
 def test_worked_examples_are_eight_and_end_as_the_extraction_wants():
     # kills: #### left in
     for shots in (0, 1, 8):
-        text = evaluation.gsm8k_shots(shots)
+        text = gsm8k.worked_examples(shots)
         ends = re.findall(r"The answer is \d+\.\n\n", text)
         assert text.count("Q: ") == text.count("\nA: ") == len(ends) == shots
         assert "####" not in text
-    refused(lambda: evaluation.gsm8k_shots(9), "--shots 9", "0..8")
+    refused(lambda: gsm8k.worked_examples(9), "--shots 9", "0..8")
 
 
 def test_scoring_a_model_prompts_like_training_and_counts_by_hand():
@@ -75,18 +81,18 @@ def test_scoring_a_model_prompts_like_training_and_counts_by_hand():
 
     def fake(lm, ids, new, eos, size, **_):
         seen.extend(ids)
-        assert (new, eos, size) == (7, t.eos, 2)
+        assert (new, eos, size) == (7, t.ends, 2)
         return [t.encode(f"The answer is {2 * i if i != 3 else 5}") for i in range(len(ids))]
     with folder() as path:
         gsm8k_folder(path, test_rows=6)
-        opts = evaluation.parse_args(["--data-dir", str(path), "--limit", "5", "--batch-size", "2",
-                                      "--max-new-tokens", "7", "--shots", "0"])
+        cfg = evaluation.EvalConfig(data_dir=str(path), eval_limit=5, eval_batch=2, shots=0,
+                                    max_new_tokens=7)
         with patch.object(evaluation, "generate", fake):
-            found = evaluation.evaluate(lm, t, "gsm8k", opts)
+            found = evaluation.score(lm, t, cfg, "x")
         assert found == {"correct": 4, "total": 5, "accuracy": 0.8}
         prompts = [data.prompt_of(f"What is {i} and {i}?") for i in range(5)]
         assert seen == [[t.bos] + t.encode(prompt) for prompt in prompts]
-        assert evaluation.evaluate(lm, t, "gsm8k", opts)["total"] == 5
+        assert evaluation.score(lm, t, cfg, "x")["total"] == 5
 
 
 def test_prompts_are_completed_on_stdout_and_nothing_else():

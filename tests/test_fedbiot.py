@@ -1,4 +1,5 @@
 """Algorithm 1, the losses, and FedBiOT's server, client and rounds."""
+import contextlib
 import io
 import math
 from fractions import Fraction
@@ -8,6 +9,7 @@ import torch
 
 import fedbiot
 import lora
+import train
 from tests.common import (
     asserts, config, copied, noisy_lora, off, pair, random, random_tokens, refused, run_rounds,
     same, slow_forward, slow_logits, tiny_lm, toy_server, toy_shard, true_ce,
@@ -42,11 +44,13 @@ def test_layer_extract_is_exact_where_floats_lose_a_layer():
 
 
 def test_layer_extract_refuses_what_leaves_no_emulator_or_no_adapter():
-    # kills: s >= 0; s <= n; beta <= 1; kept == 0 let through
+    # kills: s >= 0; s <= n; beta >= 0 unasked where floor hides it; kept == 0 let through
     for n, s, beta, word in ((5, 0, "0.2", "1..4"), (5, 5, "0.2", "1..4"), (5, -1, "0", "1..4"),
-                             (5, 2, "1", "[0, 1)"), (5, 2, "-0.1", "[0, 1)"),
-                             (5, 2, "0.7", "no layer"), (5, 4, "0.01", "no layer")):
+                             (5, 2, "1", "0..0.6667"), (5, 2, "-0.1", "0..0.6667"),
+                             (5, 2, "-9", "0..0.6667"), (5, 2, "9", "0..0.6667"),
+                             (5, 2, "0.7", "leaves 0 of the 3"), (5, 4, "0.01", "0..0")):
         refused(lambda: fedbiot.layer_extract(n, s, Fraction(beta)), word)
+    assert fedbiot.layer_extract(5, 2, Fraction(2, 3)) == ([0], [3, 4]), "what the line suggests"
 
 
 # ---- losses -------------------------------------------------------------------------------------
@@ -213,8 +217,8 @@ def test_emulator_without_dropout_equals_full():
     assert list(server.student.layers) == list("01234")
     for lm in server.models().values():
         assert torch.equal(lm(tokens), tiny_lm()(tokens))
-    l2, kl = server.alignment_losses(next(server.public.batches(1, 4, (0,))))
-    assert l2 == 0 and abs(kl) < 1e-6
+    losses = server.alignment_losses(next(server.public.batches(1, 4, (0,))))
+    assert losses["l2"][1] == 0 and abs(losses["kl"][1]) < 1e-6
 
 
 def test_adapemu_and_adapfu_are_composed_as_the_paper_says():
@@ -355,18 +359,24 @@ def test_alignment_steps_match_float64_by_hand():
         assert off([down[n] - before[n] for n in tuned], moved) < 1e-2, changes
 
 
+def losses_of(server, batch) -> dict:
+    """The alignment's losses without their weights."""
+    return {name: value.item() for name, (_, value) in server.alignment_losses(batch).items()}
+
+
 def test_alignment_lowers_its_losses_and_never_moves_the_teacher():
     # kills: gradient with the wrong sign; adapter's LoRA trained too
     server, tokens = toy_server(align_init=60), random_tokens(3, 12)
     batch = next(server.public.batches(1, 30, (7,)))
-    before, teacher = server.alignment_losses(batch), server.teacher(tokens)
+    before, teacher = losses_of(server, batch), server.teacher(tokens)
     tuned = copied(server.tuned)
     server.broadcast(0)
-    after = server.alignment_losses(batch)
-    assert after[0] < 0.8 * before[0] and after[1] < 0.8 * before[1], (before, after)
+    after = losses_of(server, batch)
+    assert all(after[name] < 0.8 * before[name] for name in ("l2", "kl")), (before, after)
     assert torch.equal(server.teacher(tokens), teacher) and same(copied(server.tuned), tuned)
-    assert set(server.metrics) == {"align_l2", "align_kl"}
-    server.aggregate(0, [tuned], [1.0])
+    measured = server.aggregate(0, [tuned], [1.0])
+    assert set(measured) == {"align_l2", "align_kl"} and all(v > 0 for v in measured.values())
+    assert server.aggregate(0, [tuned], [1.0]) == {}, "each is told once"
     assert torch.equal(server.teacher(tokens), teacher)
     server.aggregate(0, [{n: t + 1 for n, t in tuned.items()}], [1.0])
     moved = not torch.equal(server.teacher(tokens), teacher)
@@ -443,10 +453,10 @@ def test_zero_switches_alignment_off_exactly():
     server = toy_server(False, align_init=0, align_steps=0)
     start = copied(server.student.state_dict())
     assert server.broadcast(0) and server.broadcast(1) and same(start, server.student.state_dict())
-    assert server.metrics == {}
+    assert server.aggregate(0, [copied(server.tuned)], [1.0]) == {}
 
     def only_l2(server, batch, losses=fedbiot.Server.alignment_losses):
-        return losses(server, batch)[0], torch.zeros(())
+        return {"l2": losses(server, batch)["l2"]}
     server, alone, unaligned = toy_server(kl_weight=0.0), toy_server(kl_weight=0.7), toy_server()
     with patch.object(fedbiot.Server, "alignment_losses", only_l2):
         alone.broadcast(0)
@@ -504,12 +514,74 @@ def test_a_server_goes_on_from_its_state_bit_for_bit():
     assert same(whole.state_dict()["learnt"], other.state_dict()["learnt"])
 
 
-def test_a_loss_that_is_not_finite_is_explained():
-    # kills: NaN averaged on in silence
+class DivergesWhere:
+    """In place of a client: the honest one, but where `when(t, m)` its adapter begins as NaN."""
+
+    def __init__(self, client, when):
+        self.client, self.when = client, when
+
+    def update(self, t, payload, shard, m):
+        factor = math.nan if self.when(t, m) else 1
+        bad = {n: p * (factor if n.startswith("layers.3.") else 1) for n, p in payload.items()}
+        return self.client.update(t, bad, shard, m)
+
+
+def test_a_clients_nan_costs_that_client_its_round_only():
+    # kills: NaN averaged on in silence; NaN ends the run; a rejected client's weight still counted
+    # in p_m; left out of the next round too
     server, client = pair()
-    down = server.broadcast(0)
-    bad = {n: t * (math.nan if n.startswith("layers.3.") else 1) for n, t in down.items()}
-    refused(lambda: client.update(0, bad, toy_shard(), 1), "client 1", "nan", "--lr")
+    twin, other = pair()
+    shards = [toy_shard(0, 6), toy_shard(6, 20), toy_shard(20, 40)]
+    rounds = fedbiot.federate(server, DivergesWhere(client, lambda t, m: (t, m) == (0, 1)), shards,
+                              server.cfg, fedbiot.Wire())
+    for t, weights in enumerate(({0: 6, 2: 20}, {0: 6, 1: 14, 2: 20})):
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            record = next(rounds)
+        down = twin.broadcast(t)
+        found = {m: other.update(t, down, shards[m], m) for m in weights}
+        total = sum(weights.values())
+        loss = sum(w / total * found[m][1]["loss"] for m, w in weights.items())
+        assert abs(record["client_loss"] - loss) < 1e-5
+        twin.aggregate(t, [up for up, _ in found.values()], [float(w) for w in weights.values()])
+        assert off(server.expected(t).values(), twin.expected(t).values()) < 1e-5
+        assert err.getvalue().count("rejected") == err.getvalue().count("round 1, client 1") == (
+            1 if t == 0 else 0), err.getvalue()
+
+
+def test_a_round_in_which_no_loss_is_finite_is_explained():
+    # kills: an average of nobody; NaN alignment goes on
+    server, client = pair()
+    diverged = DivergesWhere(client, lambda t, m: True)
+    refused(lambda: run_rounds(server, diverged, [toy_shard()] * 2), "round 1", "nan", "--lr")
     for p in server.tuned.values():
         p.fill_(math.nan)
     refused(lambda: server.broadcast(1), "nan", "--server-lr")
+
+
+CLAIMED_EXAMPLES = (0, -1, 1.5, 2.0, "3", 10**9 + 1, 10**12, 10**400, True, False, None, [3],
+                    math.nan, math.inf)
+CLAIMED_LOSSES = (1e308, -1e308, 1.1e6, 10**400, -10**400, math.nan, math.inf, -math.inf, None,
+                  "1", True, [1.0], torch.tensor(1.0))
+
+
+def test_what_a_client_claims_is_checked_before_it_counts():
+    # kills: any bound of `implausible`; True taken for 1; a number beyond floats as a traceback;
+    # a missing claim let through
+    server, client = pair()
+    up, fine = client.update(0, server.broadcast(0), toy_shard(), 0)
+    fine, expected = fine | {"examples": 40}, server.expected(0)
+    claims = [("examples", value, "examples") for value in CLAIMED_EXAMPLES]
+    claims += [("loss", value, "loss") for value in CLAIMED_LOSSES]
+    bad = [(fine | {name: value}, word) for name, value, word in claims]
+    bad += [({n: v for n, v in fine.items() if n != name}, name) for name in fine]
+    for metrics, word in bad:
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            both = {0: (up, fine), 1: (up, metrics)}
+            assert list(fedbiot.accepted(0, both, expected, server.cfg)) == [0], metrics
+        line = err.getvalue()
+        assert "round 1, client 1: rejected, it" in line and word in line, line
+        assert line.count("\n") == 1 and len(line) < 200
+        refused(lambda: fedbiot.accepted(0, {1: (up, metrics)}, expected, server.cfg), word)
+    for examples, loss in ((1, 0), (10**9, 1e6), (3, -2.5), (7, 12)):
+        metrics = {"examples": examples, "loss": loss}
+        assert fedbiot.accepted(0, {0: (up, metrics)}, expected, server.cfg)

@@ -21,7 +21,7 @@ from extras import huggingface, peft
 from model import LM, ModelConfig
 from tests.common import (CONFIG, PARAMS, folder, hf_config, hf_folder, hf_state,
                           meta_folder, needs, noisy_lora, off, random, random_tokens, refused, same,
-                          tiny_lm, toy_server, write_safetensors)
+                          tiny_lm, toy_server, with_lora, write_safetensors)
 from tests.test_model import pieces, read
 
 
@@ -354,6 +354,26 @@ def merged_by_hand(lm: LM) -> dict:
         stem = name.removesuffix("lora_A")
         w[stem + "weight"] += 16 / 4 * own[stem + "lora_B"].double() @ own[name].double()
     return w
+
+
+def test_merging_sums_in_fp32_and_numbers_the_layers_anew():
+    # kills: B A cast to bf16 before the sum; layers keep the full model's numbers; the model merged
+    full = tiny_lm().bfloat16()
+    lm = noisy_lora(with_lora(full), std=0.05)
+    part = lm.with_layers({i: lm.layers[str(i)] for i in (0, 3)})
+    before, state, own = part.state_dict(), huggingface.merged(part), lora.lora_tensors(lm)
+    assert {n.split(".")[1] for n in state if n.startswith("layers.")} == {"0", "1"}
+    assert not any(".lora_" in n for n in state) and same(before, part.state_dict())
+    for kind in ("wq", "wv"):
+        stem = f"layers.3.attention.{kind}."
+        delta = 4 * own[stem + "lora_B"].double() @ own[stem + "lora_A"].double()
+        exact = before[stem + "weight"].double() + delta
+        found = state[f"layers.1.attention.{kind}.weight"]
+        best = (exact.bfloat16().double() - exact).abs()
+        assert found.dtype == torch.bfloat16
+        assert ((found.double() - exact).abs() <= best * 1.01 + 1e-6).all(), "near as bf16 can be"
+    wk = "layers.{}.attention.wk.weight"
+    assert torch.equal(state[wk.format(1)], before[wk.format(3)])
 
 
 def test_exported_folders_hold_the_merged_model():

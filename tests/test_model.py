@@ -415,7 +415,7 @@ def test_texts_are_encoded_together_as_one_by_one():
     texts = ["One and 2.", "", "é ﷺ \t𝔘", "</s> <s>", "one\n\ntwo  "] * 20
     assert t.encode_all(texts) == [t.encode(text) for text in texts] and t.encode_all([]) == []
     assert [t.decode(t.encode(text)) for text in texts] == texts
-    assert t.ends == (t.eos,) and len(t.vocabulary()) == t.vocab_size
+    assert t.ends == (t.eos,) and t.vocab_size == 1024 and t.decode([]) == ""
     assert model.Tokenizer(BUNDLED_TOKENIZER, (7, t.eos, 7)).ends == (t.eos, 7)
 
 
@@ -636,23 +636,3 @@ def test_lora_is_loaded_strictly():
                   other | {"layers.9.attention.wq.lora_A": other[name]},
                   other | {name: other[name][:, :1]}, other | {name: torch.zeros(1, 1)}):
         asserts(lambda: lora.copy_into(own, wrong))
-
-
-def test_merging_sums_in_fp32_and_numbers_the_layers_anew():
-    # kills: B A cast to bf16 before the sum; layers keep the full model's numbers; the model merged
-    full = tiny_lm().bfloat16()
-    lm = noisy_lora(with_lora(full), std=0.05)
-    part = lm.with_layers({i: lm.layers[str(i)] for i in (0, 3)})
-    before, state, own = part.state_dict(), lora.merged(part), lora.lora_tensors(lm)
-    assert {n.split(".")[1] for n in state if n.startswith("layers.")} == {"0", "1"}
-    assert not any(".lora_" in n for n in state) and same(before, part.state_dict())
-    for kind in ("wq", "wv"):
-        stem = f"layers.3.attention.{kind}."
-        delta = 4 * own[stem + "lora_B"].double() @ own[stem + "lora_A"].double()
-        exact = before[stem + "weight"].double() + delta
-        found = state[f"layers.1.attention.{kind}.weight"]
-        best = (exact.bfloat16().double() - exact).abs()
-        assert found.dtype == torch.bfloat16
-        assert ((found.double() - exact).abs() <= best * 1.01 + 1e-6).all(), "near as bf16 can be"
-    wk = "layers.{}.attention.wk.weight"
-    assert torch.equal(state[wk.format(1)], before[wk.format(3)])

@@ -77,7 +77,7 @@ def helm_folder(path: Path, only="") -> Path:
 
 
 def qa_cfg(path, **changes):
-    return SimpleNamespace(**{"data_dir": path, "limit": 0, "shots": 0, "batch_size": 0,
+    return SimpleNamespace(**{"data_dir": path, "eval_limit": 0, "shots": 0, "eval_batch": 0,
                               "max_new_tokens": 2, "validate": 0, "predictions": None} | changes)
 
 
@@ -256,7 +256,7 @@ def test_log_likelihoods_match_one_sequence_at_a_time():
     examples = [data.Example(torch.randint(3, 97, (a + b,), generator=g).tolist(), a)
                 for a, b in ((5, 3), (1, 9), (12, 1), (7, 7), (2, 2), (30, 4), (4, 1))]
     expected = []
-    for ids, start in examples:
+    for ids, start, _ in examples:
         logp = slow_forward(lm, ids[:-1])[0].log_softmax(-1)
         expected.append(sum(logp[t - 1, ids[t]].item() for t in range(start, len(ids))))
     for batch_size in (1, 3, 64):
@@ -286,7 +286,7 @@ def test_options_are_chosen_per_token_or_calibrated():
     assert best["hellaswag"] != best["neither"] != best["openbookqa"] != best["hellaswag"]
     for name in ("hellaswag", "openbookqa"):
         for batch_size in (7, 0):
-            cfg = qa_cfg("", shots=5, batch_size=batch_size)
+            cfg = qa_cfg("", shots=5, eval_batch=batch_size)
             assert qa.choose_options(lm, t, name, questions, cfg, "x") == best[name], name
 
 
@@ -333,13 +333,13 @@ def test_generation_ends_behind_a_stop_piece():
 
 def test_scenarios_are_scored_and_averaged():
     # kills: questions pooled, not scenarios averaged; a missing scenario as 0; examples scored;
-    # the first rows as --limit
+    # the first rows as --eval-limit
     lm, t = tiny_lm(vocab_size=1024), tokenizer()
     with folder() as path, folder() as part, folder() as none:
         helm_folder(path)
         for shots, limit, totals in ((0, 0, [4, 12, 3, 2, 2, 4, 3, 2]),
                                      (8, 0, [4, 7, 2, 1, 1, 2, 3, 2]), (0, 2, [2] * 8)):
-            found = qa.score(lm, t, qa_cfg(path, shots=shots, limit=limit), "evaluate")
+            found = qa.score(lm, t, qa_cfg(path, shots=shots, eval_limit=limit), "evaluate")
             scores = [s["score"] for s in found["scenarios"].values()]
             assert [s["total"] for s in found["scenarios"].values()] == totals
             assert found["total"] == sum(totals)
@@ -347,7 +347,7 @@ def test_scenarios_are_scored_and_averaged():
             correct = sum(n * s for n, s in zip(totals, scores))
             assert math.isclose(found["correct"], correct, abs_tol=1e-3)
         assert qa.evenly(list(range(10)), 3) == [0, 3, 6]
-        found = qa.score(lm, t, qa_cfg(helm_folder(part, "boolq"), limit=3), "evaluate")
+        found = qa.score(lm, t, qa_cfg(helm_folder(part, "boolq"), eval_limit=3), "evaluate")
         absent = {"metric": "exact match", "score": None, "total": 0}
         assert found["scenarios"]["mmlu"] == absent and found["total"] == 3
         assert found["accuracy"] == found["scenarios"]["boolq"]["score"]
@@ -386,7 +386,7 @@ def test_predictions_of_all_scenarios_are_scored_by_their_indices():
                     ("trivia", 0, "A"), ("mmlu", 0, 7), ("mmlu", 0), ("mmlu", 0, None)):
             refused(lambda: score(("boolq", 0, "Yes"), row), path / "p.jsonl", "row 2")
         refused(lambda: score(("boolq", 0, "Yes"), ("boolq", 0, "No")), "row 2", "once")
-        refused(lambda: score(), path / "p.jsonl", "none")
+        refused(lambda: score(), path / "p.jsonl", "no rows")
         refused(lambda: score(("mmlu", 0, "A"), at=part), "row 1", "mmlu/test", "none")
         with contextlib.redirect_stdout(io.StringIO()) as said:
             qa.report(score(("boolq", 0, "Yes")))
