@@ -30,8 +30,7 @@ def find_file(data_dir, name: str) -> Path:
     """data_dir/name. What the user placed is used as it is; what is missing is downloaded once."""
     path = Path(data_dir) / name
     if not os.path.exists(path):
-        from extras.download import fetch                   # pinned commits, checked, renamed
-        fetch(path, name)
+        room("extras.download").fetch(path, name)           # pinned commits, checked, renamed
     return path
 
 def read_rows(path: Path) -> list[dict]:
