@@ -251,6 +251,25 @@ def test_fedkseed_leaves_the_servers_weights_and_a_nan_step_moves_nothing():
     assert same(before, full.state_dict())
 
 
+def test_honest_fedkseed_uploads_of_few_steps_are_not_outliers():
+    # kills: --max-update-norm taken literally for one to three numbers, whose norms differ a lot;
+    # no bound left for a hostile one
+    for steps in (1, 2, 3):
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            for seed in range(3):
+                shards = [toy_shard(i, i + 8) for i in range(0, 40, 8)]
+                method_run("fedkseed", tiny_lm(n_layers=2), 4, shards=shards, seed=seed, lr=1e-4,
+                           local_steps=steps, kseed_candidates=8, max_update_norm=10.0)
+        assert "rejected" not in err.getvalue(), err.getvalue()
+        cfg = method_config("fedkseed", local_steps=steps, max_update_norm=10.0)
+        expected = fedkseed.Server(tiny_lm(n_layers=2), None, cfg).expected(0)
+        results = {m: (expected | {"g": torch.full((steps,), size)}, {"loss": 1.0, "examples": 8})
+                   for m, size in enumerate((0.5, -1.0, 2.0, 1e5))}
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            assert list(fedbiot.accepted(0, results, expected, cfg)) == [0, 1, 2]
+        assert "client 3: rejected" in err.getvalue()
+
+
 def test_fedkseed_pro_draws_larger_gradients_more_often():
     # kills: no clip; min-max left out; a history without its first zero
     server = fedkseed.Server(tiny_lm(), None, method_config("fedkseed-pro", kseed_candidates=4))
@@ -343,6 +362,40 @@ def test_fedtt_plus_sends_one_core_a_matrix_and_moves_no_other():
     assert records[1]["bytes_down"] == sizes(server.learnt), "absent clients: all cores go down"
 
 
+class RebuiltEveryRound(fedbiot.Wire):
+    """A wire that keeps no clients: it builds them anew from the bootstrap that it once got."""
+
+    def __init__(self, bootstrap):
+        self.bootstrap = bootstrap
+
+    def round(self, t, payload, client, *others):
+        fresh = type(client)(copied(self.bootstrap), client.cfg)
+        return super().round(t, payload, fresh, *others)
+
+
+def test_fedtt_plus_clients_refuse_a_gap():
+    # kills: no fingerprint, so that a client goes on from stale cores; only the newest core in it;
+    # a refusal where nothing is missing
+    def run(method, wire, **changes):
+        cfg = method_config(method, rounds=3, **changes)
+        module = train.method_of(method)
+        server = module.Server(tiny_lm(n_layers=2), None, cfg)
+        bootstrap = copied(server.bootstrap())
+        client, shards = module.Client(bootstrap, cfg), [toy_shard(0, 16), toy_shard(16, 30)]
+        records = fedbiot.federate(server, client, shards, cfg, wire(bootstrap))
+        return server, list(records)
+    refused(lambda: run("fedtt+", RebuiltEveryRound), "round 3, client 0", "new bootstrap")
+    for method, changes in (("fedtt", {}), ("fedtt+", {"clients_per_round": 1}),
+                            ("fedavg", {}), ("fedkseed", {"kseed_candidates": 8, "lr": 1e-4})):
+        kept, rebuilt = (run(method, wire, **changes)[0] for wire in (
+            lambda bootstrap: fedbiot.Wire(), RebuiltEveryRound))
+        assert same(kept.state_dict()["learnt"], rebuilt.state_dict()["learnt"]), method
+    server, client, _ = method_run("fedtt+", tiny_lm(n_layers=2), 2)
+    sent = copied(server.broadcast(2))
+    next(iter(client.held.values())).view(-1)[0] += 1
+    refused(lambda: client.update(2, sent, toy_shard(), 1), "round 3, client 1")
+
+
 # ---- FedPT --------------------------------------------------------------------------------------
 
 class BlackBox(torch.nn.Module):
@@ -433,6 +486,74 @@ def test_fedpt_refuses_another_vocabulary():
             flags = "--ckpt", path / "large", "--proxy-ckpt", path / small, "--out", path / "run"
             one_line(cli("--method", "fedpt", *flags), expected)
             assert not (path / "run").exists()
+
+
+# ---- one more row -------------------------------------------------------------------------------
+
+FEDPROX = """
+\"\"\"FedProx on LoRA: FedAvg whose clients are pulled to what was broadcast.\"\"\"
+from baselines import fedavg
+
+class Server(fedavg.Server):
+    no_use = fedavg.Server.no_use - {"prox"}
+
+class Client(fedavg.Client):
+    def __init__(self, bootstrap, cfg, device="cpu"):
+        super().__init__(bootstrap, cfg, device)
+        self.cfg = cfg
+"""
+ECHO = """
+\"\"\"A task of thirty sentences.\"\"\"
+from data import Row, accuracy
+
+def read_training(data_dir):
+    return [Row(f"Say {i}.", "", str(i), "odd" if i % 2 else "even") for i in range(30)]
+
+def prepare(cfg):
+    return []
+
+def score(lm, tokenizer, cfg, progress):
+    return accuracy([1, 2, None, 4], [1, 2, 3, 4])
+
+def score_predictions(cfg):
+    return accuracy([1], [2])
+
+def report(result):
+    print(f"echo: {result['correct']}")
+"""
+
+
+def with_rows(path: Path) -> Path:
+    """A copy of the project with one more method and one more task: a file and a row of each."""
+    for name in ("model", "lora", "fedbiot", "data", "eval", "train"):
+        text = (HERE / f"{name}.py").read_text()
+        text = text.replace("METHODS = {", 'METHODS = {"fedprox": "fedprox", ')
+        text = text.replace("TASKS = {", 'TASKS = {"echo": Task("echo", 2, 64), ')
+        (path / f"{name}.py").write_text(text)
+    for name in ("baselines", "tasks", "extras", "tiny"):
+        (path / name).symlink_to(HERE / name)
+    (path / "fedprox.py").write_text(FEDPROX)
+    (path / "echo.py").write_text(ECHO)
+    return path
+
+
+def test_a_method_and_a_task_are_added_as_a_row_and_a_file_of_each():
+    # kills: a second list of methods or tasks anywhere; prox lost on its way to the client
+    def program(name, *argv):
+        command = [sys.executable, f"{name}.py", *map(str, argv)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=path, check=True).stdout
+    with folder() as path:
+        with_rows(path)
+        flags = ("--method", "fedprox", "--task", "echo", "--rounds", 1, "--local-steps", 4)
+        for prox in (0, 1000):
+            said = program("train", *flags, "--prox", prox, "--out", f"run{prox}")
+            assert "fedprox, echo, 2 clients" in said and "3 of 4" in said, said
+        free, held = (torch.load(path / run / "lora.pt") for run in ("run0", "run1000"))
+        pulled = [sum(p.norm() for n, p in learnt.items() if n.endswith("lora_B"))
+                  for learnt in (free, held)]
+        assert 0 < pulled[1] < 0.9 * pulled[0], pulled
+        assert program("eval", "--run", "run0", "--model", "full") == "echo: 3\n"
+        assert program("eval", "--task", "echo", "--predictions", "x") == "echo: 0\n"
 
 
 # ---- all of them --------------------------------------------------------------------------------

@@ -26,6 +26,27 @@ ANSWERS = [
     ("#### 12345678901234567890.10", "12345678901234567890.1"),
 ]
 
+# how models end: the text stops where a next question begins, then marker or last number
+NEXT = "\n\nQ: Tom has 5.\nA: He has 6. The answer is 6."
+ENDINGS = [
+    ("The answer is 8." + NEXT, "8"), ("So it is 8." + NEXT, "8"), ("So it is eight" + NEXT, None),
+    ("The answer is unclear." + NEXT, None), ("The answer is" + NEXT, None), (NEXT, None),
+    ("It is 8.\nQuestion: 9 and 9?", "8"), ("It is 8.\n\n### Instruction:\nAdd 9", "8"),
+    ("It is 8. \n \n  Q: 9?", "8"), ("It is 8 (Q: 9?)", "9"), ("FAQ: 9", "9"), ("Q: 3?", "3"),
+    ("The answer is 8.\nThe answer is 9.", "8"), ("#### 8\n#### 9", "8"),
+    ("THE ANSWER IS 7", "7"), ("the Answer is: **7**", "7"), ("The answer is \\boxed{7}", "7"),
+    ("The answer is \u22127", "-7"), ("9 \u2212 7", "7"), ("9\u22127", "7"), ("(-7)", "-7"),
+    ("The answer is \u2212$7", "-7"), ("x-7", "7"), ("7 - 3", "3"), ("The answer is 3-4 km", "3"),
+    ("#### 31,80,000", "3180000"), ("#### 1\u00a0234\u00a0567.5", "1234567.5"),
+    ("#### 1\u2009234", "1234"), ("#### 1\u202f234", "1234"), ("#### 1 234", "1"),
+    ("#### 1,23", "1"), ("#### 1234,567", "1234"), ("#### 12,345,6789", "12345"),
+    ("#### $1,234", "1234"), ("#### 42%.", "42"), ("#### 7.", "7"), ("#### 7.00", "7"),
+    ("#### 007", "7"), ("#### 5 + 3 = 8", "5"), ("#### 5/2", "5"), ("####\n\n 7", "7"),
+    ("The answer is 10:30", "10"), ("The answer isn't 7", "7"), ("the answer was 7 of 9", "9"),
+    ("### 7 and 9", "9"), ("The answer is \u0667", None), ("#### \u00bd", None),
+    ("2\u00b2 is 4", "4"), ("4 is 2\u00b2", "2"),
+]
+
 
 def test_answers_are_extracted_by_the_papers_rules():
     # kills: last number after a marker; marker without a number falls back; commas split; every
@@ -33,6 +54,33 @@ def test_answers_are_extracted_by_the_papers_rules():
     for text, number in ANSWERS:
         found = evaluation.extract_number(text)
         assert found == (number and Decimal(number)), (text, found)
+
+
+def test_a_models_ending_counts_up_to_its_next_question_whatever_stands_there():
+    # kills: no cut; a cut at `Q:` within a line; a marker looked for behind the cut; the last
+    # marker; case of the marker; U+2212; groups of two digits, or parted by thin spaces; digits of
+    # other scripts
+    for text, number in ENDINGS:
+        found = evaluation.extract_number(text)
+        assert found == (number and Decimal(number)), (text, found)
+
+
+def test_gold_is_what_stands_behind_the_last_marker_of_the_file():
+    # kills: gold by the predictions' rules; the first marker; an answer without one as its last
+    # number; gold of a question that is not scored unchecked
+    def gold(*answers, **changes):
+        rows = [json.dumps({"question": "q", "answer": answer}) for answer in answers]
+        (path / "gsm8k" / "test.jsonl").write_text("\n".join(rows))
+        return evaluation.read_gold(evaluation.EvalConfig(data_dir=str(path), **changes))[1]
+    with folder() as path:
+        gsm8k_folder(path)
+        for answer, number in (("The answer is 3.\n#### 4", 4), ("#### 3\n#### 1,000", 1000),
+                               ("5\nQ: 6\n#### -7", -7), ("#### \u22127.50", Decimal("-7.5"))):
+            assert gold(answer) == [number], answer
+        for bad in ("The answer is 3", "4", "", "#### ", "3 ####", "#### 3 ####"):
+            refused(lambda: gold("#### 1", bad), "test.jsonl, row 2", "####")
+            refused(lambda: evaluation.prepare(evaluation.EvalConfig(
+                data_dir=str(path), shots=0, eval_limit=1)), "row 2")
 
 
 def test_numbers_are_compared_as_numbers_and_a_missing_one_is_wrong():
