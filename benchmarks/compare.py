@@ -11,8 +11,8 @@ lower is taken. All methods get the same rounds, steps and batch; flags after `-
     python benchmarks/compare.py --ablations --seeds 0 1 2
     python benchmarks/compare.py --methods fedbiot fedot -- --ckpt llama-2-7b --data-dir data
 
-What comes first: the searches and the first seed of the first dropout, its other seeds, the next
-dropout, at last the methods without a dropout.
+What comes first: the searches and the first seed of the first dropout, cell by cell, its other
+seeds, the next dropout, at last the methods without a dropout.
 """
 import argparse
 import itertools
@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -144,31 +145,35 @@ class Runs:
             Thread(target=self.serve, daemon=True).start()
 
     def serve(self):
+        time.sleep(2)                                   # until every cell has put its first runs in
         while True:
-            *_, future, work, given = self.queue.get()
+            *_, future, folder, flags = self.queue.get()
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(work(*given))
+                future.set_result(run(folder, flags))
             except Exception as error:                  # it belongs to whoever waits for the result
                 future.set_exception(error)
             self.bar.update()
 
-    def submit(self, name: str, place: tuple, work, *given) -> Future:
-        """The result of `work`; the same name is the same work."""
-        with self.lock:
-            if name not in self.started:
-                self.started[name] = Future()
-                if self.over:
-                    self.started[name].cancel()
-                self.queue.put((place, next(self.number), self.started[name], work, given))
-        return self.started[name]
-
     def start(self, name: str, cell, seed: int, lr: float, *extra: str) -> Future:
-        """What a run will have in its summary.json."""
-        args = self.args
-        place = cell[0] in ONE_SHAPE, args.dropouts.index(cell[1]), args.seeds.index(seed)
-        return self.submit(name, place, run, self.out / name, command(args, cell, seed, lr, *extra))
+        """What a run will have in its summary.json; the same name is the same run."""
+        args, folder = self.args, self.out / name
+        place = (cell[0] in ONE_SHAPE, args.dropouts.index(cell[1]), args.seeds.index(seed),
+                 cells(args).index(cell) if cell in cells(args) else 0)
+        with self.lock:
+            if name in self.started:
+                return self.started[name]
+            future = self.started[name] = Future()
+            if self.over:
+                future.cancel()
+            elif (folder / "summary.json").is_file():       # needs no turn
+                future.set_result(run(folder, []))
+                self.bar.update()
+            else:
+                flags = command(args, cell, seed, lr, *extra)
+                self.queue.put((place, next(self.number), future, folder, flags))
+        return future
 
     def aligned(self, cell, seed: int, *extra: str) -> list[str]:
         """Flags that begin after the alignment before round 1, which no client's rate changes: the
