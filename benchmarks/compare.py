@@ -377,13 +377,27 @@ def row_of(args, out: Path, cell) -> list[str]:
             "yes" if cell[0] in HOLDS_FULL else "no", "yes" if cell[0] == "fedpt" else "no"]
 
 
+def raw_row(args, out: Path, cell) -> dict:
+    """What pictures.py draws: every seed's accuracies."""
+    method, dropout, adapter = shown(cell)
+    _, by_seed, _ = finished(args, out, cell)
+    models = [[m["accuracy"] for m in s["metrics"].values()] for s in by_seed.values()]
+    row = {"method": method, "dropout": dropout, "s": adapter}
+    if models:
+        sent = [s["bytes_down_per_client_round"] + s["bytes_up_per_client_round"]
+                for s in by_seed.values()]
+        row |= {"base": [m[0] for m in models], "adapfu": [m[-1] for m in models],
+                "adapemu": [m[-2] for m in models if len(m) > 2], "bytes": sum(sent) / len(models)}
+    return row
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * 3 + ["--:"] * (len(head) - 3), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def report(args, out: Path):
-    """table.md, seeds.md, search.md and the pictures, of what has finished."""
+    """table.md, table.json, seeds.md, search.md and the pictures, of what has finished."""
     rows = [row_of(args, out, cell) for cell in cells(args)]
     (out / "table.md").write_text(markdown(HEAD, rows))
     by_seed, searched = [], []
@@ -395,7 +409,9 @@ def report(args, out: Path):
     (out / "seeds.md").write_text(markdown(["method", "β", "s", *map(str, args.seeds)], by_seed))
     head = ["method", "β", "s", "value", "held-out %", ""]
     (out / "search.md").write_text(markdown(head, searched))
+    (out / "table.json").write_text(json.dumps([raw_row(args, out, cell) for cell in cells(args)]))
     print((out / "table.md").read_text())
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "pictures.py"), str(out)])
 
 
 def compare(args, out: Path):
