@@ -260,7 +260,7 @@ def server_side(side, args):
         fedbiot.copy_into(one.emulated, start)
         one.optimizer = one.new_optimizer()
         one.align(1, args.steps)
-        return torch.tensor(list(one.metrics.values()))
+        return torch.tensor(list(one.measured.values()))
     return steps
 
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import fedbiot
+from extras.huggingface import to_config, to_hf
 from lora import add_lora, lora_tensors
-from model import LM, to_hf
+from model import LM
 
 # ---- losses -------------------------------------------------------------------------------------
 
@@ -110,7 +111,7 @@ def hf_model(lm: LM):
     """The same weights as a transformers model; its layers are numbered through."""
     from transformers import LlamaConfig, LlamaForCausalLM
     renamed = lm.with_layers(dict(enumerate(lm.layers.values())))
-    config = LlamaConfig(**lm.config.to_hf() | {"num_hidden_layers": len(lm.layers)})
+    config = LlamaConfig(**to_config(lm.config) | {"num_hidden_layers": len(lm.layers)})
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     weights = {name: p.detach() for name, p in renamed.named_parameters()}
@@ -133,16 +134,15 @@ def copy_for_each_role(server):
 
 
 def naive_alignment(server, batch):
-    every = torch.arange(batch.tokens.numel(), device=batch.tokens.device)
-    cut, w = server.adapter[-server.cfg.adapter], batch.weights
+    cut, rows, w = server.cut, batch.rows, batch.weights
     with torch.no_grad():
-        target, h = fedbiot.adapter_input_and_output(server.teacher, batch.tokens, every, cut)
-        t = server.teacher.output(h).float().log_softmax(-1)[batch.rows]
-    entered, h = fedbiot.adapter_input_and_output(server.student, batch.tokens, every, cut)
-    s = server.student.output(h).float().log_softmax(-1)[batch.rows]
-    target, entered = target[batch.rows].float(), entered[batch.rows].float()
+        target, h = server.teacher.hidden(batch.tokens, tap=cut)
+        t = server.teacher.output(h).float().log_softmax(-1).flatten(0, 1)[rows]
+    entered, h = server.student.hidden(batch.tokens, tap=cut)
+    s = server.student.output(h).float().log_softmax(-1).flatten(0, 1)[rows]
+    target, entered = (x.flatten(0, 1)[rows].float() for x in (target, entered))
     l2 = (w * (entered - target).square().sum(-1)).sum() / (w * target.square().sum(-1)).sum()
-    return l2, (w * (t.exp() * (t - s)).sum(-1)).sum()
+    return {"l2": (1.0, l2), "kl": (1.0, (w * (t.exp() * (t - s)).sum(-1)).sum())}
 
 
 def transformers_texts(model, prompts, new_tokens: int, eos: int, batch: int) -> list[list[int]]:
