@@ -1,7 +1,8 @@
 """What bench.py sets beside this project: the naive forms, and the same work by other libraries.
 
-In order: losses; the client's step, LoRA everywhere or with transformers + peft; the server's step
-with a copy of the model for each role; transformers' generate. Libraries are imported where used.
+In order: losses; the client's step, LoRA everywhere or with transformers + peft; the server's step,
+with transformers + peft or with a copy of the model for each role; transformers' generate.
+Libraries are imported where used.
 """
 import copy
 
@@ -86,6 +87,34 @@ def transformers_client(cfg, lm: LM, batches):
         given.append({"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels})
     return plain_steps(lambda b: model(**b, use_cache=False).loss,
                        [p for p in model.parameters() if p.requires_grad], given)
+
+
+def transformers_server(server, batches):
+    """An alignment step by transformers + peft: the full model, and the compressed one with LoRA on
+    the layers below the adapter, both with logits at every position."""
+    from peft import LoraConfig, get_peft_model
+    full, cfg, below = server.full, server.cfg, len(server.kept)
+    layers = {i: full.layers[str(i)] for i in server.kept + server.adapter}
+    lora = LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=["q_proj", "v_proj"],
+                      layers_to_transform=list(range(below)), task_type="CAUSAL_LM")
+    teacher, student = hf_model(full), get_peft_model(hf_model(full.with_layers(layers)), lora)
+
+    def at(model, layer: int, b):
+        """(what enters a layer, logits) at the rows that answer."""
+        out = model(input_ids=b.tokens, attention_mask=(b.tokens != 0).long(), use_cache=False,
+                    output_hidden_states=True)
+        entered, logits = (x.flatten(0, 1)[b.rows].float()
+                           for x in (out.hidden_states[layer], out.logits))
+        return entered, logits.log_softmax(-1)
+
+    def loss(b):
+        with torch.no_grad():
+            target, t = at(teacher, server.cut, b)
+        entered, s = at(student, below, b)
+        l2 = (b.weights * (entered - target).square().sum(-1)).sum()
+        l2 = l2 / (b.weights * target.square().sum(-1)).sum()
+        return l2 + (b.weights * (t.exp() * (t - s)).sum(-1)).sum()
+    return plain_steps(loss, [p for p in student.parameters() if p.requires_grad], batches)
 
 
 def plain_steps(loss_of_batch, parameters, batches):
