@@ -438,14 +438,16 @@ def ablate(args, out: Path):
     runs = None if args.table else Runs(args, out, len(args.only) * len(args.seeds) + 5)
 
     def folder_of(name, choice, seed):
+        if name == "default":
+            return final_name(cell, choice, seed)           # the grid's own run
         return f"ablation-{name_of(cell)}-{tidy(name)}-lr{choice['lr']:g}-seed{seed}"
 
     def start(name, choice, seed):
-        extra = ABLATIONS[name]
+        extra, flags = ABLATIONS[name], choice["flags"]
         alike = args.aligns_weights and (not extra or extra[0] in AFTER_ALIGNMENT)
-        shared = runs.aligned(cell, seed) if alike else []
+        shared = runs.aligned(cell, seed, *kl_of(flags)) if alike else []
         folder = folder_of(name, choice, seed)
-        return runs.start(folder, cell, seed, choice["lr"], *extra, *shared).result()
+        return runs.start(folder, cell, seed, choice["lr"], *flags, *extra, *shared).result()
 
     def work(cell):
         choice = search(runs, cell)                         # of the default; every ablation has it
