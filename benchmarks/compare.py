@@ -70,6 +70,7 @@ def parse_args():
     add("--adapters", nargs="+", type=int, default=[2, 4])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--lr", type=float, help="for all of them, instead of the search")
+    add("--short-search", action="store_true", help="the first two rates only, not their neighbours")
     add("--search-prox", action="store_true", help="epsilon too, at the best rate")
     add("--search-kl", action="store_true", help="lambda too, at the best rate")
     add("--validate", type=int, default=200, help="training rows held out for the search")
@@ -229,14 +230,14 @@ def final(summary: dict) -> float:
     return list(summary["metrics"].values())[-1]["accuracy"]
 
 
-def climb(count: int, first, measure) -> tuple[int, dict[int, float]]:
-    """(the best of range(count), what was measured): `first`, then the neighbours of the best.
-    Of equals the first is the best: the lower rate."""
+def climb(count: int, first, measure, short: bool) -> tuple[int, dict[int, float]]:
+    """(the best of range(count), what was measured): `first`, then, unless it is to be short, the
+    neighbours of the best. Of equals the first is the best: the lower rate."""
     tried, wanted = {}, [*first]
     while wanted:
         tried |= measure(wanted)
         best = max(sorted(tried), key=tried.get)
-        wanted = [i for i in (best - 1, best + 1) if i not in tried and 0 <= i < count]
+        wanted = [i for i in (best - 1, best + 1) if i not in tried and 0 <= i < count and not short]
     return best, tried
 
 
@@ -247,10 +248,10 @@ def search(runs: Runs, cell) -> dict:
     path = runs.out / f"choice-{name_of(cell)}.json"
     if args.lr:
         return {"lr": args.lr, "flags": [], "lines": []}
-    if path.is_file():
+    if path.is_file() and json.loads(path.read_text())["short"] <= args.short_search:
         return json.loads(path.read_text())
     rates = RATES if args.bundled else PAPERS_RATES
-    choice = {"lr": None, "flags": [], "lines": []}
+    choice = {"lr": None, "flags": [], "lines": [], "short": args.short_search}
 
     def measured(flag, values, first):
         def accuracies(wanted):
@@ -262,7 +263,7 @@ def search(runs: Runs, cell) -> dict:
                 jobs[i] = runs.start(name, cell, seed, lr, "--validate", str(args.validate),
                                      *runs.aligned(cell, seed, *kl_of(flags)), *flags)
             return {i: final(job.result()) for i, job in jobs.items()}
-        best, tried = climb(len(values), first, accuracies)
+        best, tried = climb(len(values), first, accuracies, args.short_search)
         choice["lines"] += [[*shown(cell), f"{tidy(flag)} {values[i]:g}", f"{100 * tried[i]:.1f}",
                              "chosen" if i == best else ""] for i in sorted(tried)]
         return values[best]
