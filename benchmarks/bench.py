@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fedbiot  # noqa: E402
 import peers  # noqa: E402
-from data import Example, Shard, collate, prompt_of, read_gsm8k  # noqa: E402
+from data import Example, Shard, collate, prompt_of, read_pairs  # noqa: E402
 from fedbiot import Client, Config, Server, generator, layer_extract, weights_of  # noqa: E402
 from measuring import distance, fresh, peak_growth, status, table, timed  # noqa: E402
 from model import LM, ModelConfig, generate, load, load_weights, part_of  # noqa: E402
@@ -334,8 +334,8 @@ def flat(texts) -> torch.Tensor:
 def generate_side(side, batch, args):
     lm, tokenizer = load(args.ckpt, device=args.device)
     eos, n = tokenizer.eos, args.new_tokens
-    rows = read_gsm8k(args.data_dir, "test")[:args.prompts]
-    prompts = [[tokenizer.bos] + tokenizer.encode(prompt_of(r.instruction)) for r in rows]
+    pairs = read_pairs(args.data_dir, "test")[:args.prompts]
+    prompts = [[tokenizer.bos] + tokenizer.encode(prompt_of(question)) for question, _ in pairs]
     prompts.sort(key=len)
     if side == "ours":
         return lambda: flat(generate(lm, prompts, n, eos, batch))
