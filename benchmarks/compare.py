@@ -70,7 +70,7 @@ def parse_args():
     add("--adapters", nargs="+", type=int, default=[2, 4])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--lr", type=float, help="for all of them, instead of the search")
-    add("--short-search", action="store_true", help="the first two rates only, not their neighbours")
+    add("--short-search", action="store_true", help="the first two rates only")
     add("--search-prox", action="store_true", help="epsilon too, at the best rate")
     add("--search-kl", action="store_true", help="lambda too, at the best rate")
     add("--validate", type=int, default=200, help="training rows held out for the search")
@@ -237,7 +237,8 @@ def climb(count: int, first, measure, short: bool) -> tuple[int, dict[int, float
     while wanted:
         tried |= measure(wanted)
         best = max(sorted(tried), key=tried.get)
-        wanted = [i for i in (best - 1, best + 1) if i not in tried and 0 <= i < count and not short]
+        beside = [] if short else [best - 1, best + 1]
+        wanted = [i for i in beside if i not in tried and 0 <= i < count]
     return best, tried
 
 
