@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fedbiot  # noqa: E402
 import peers  # noqa: E402
-from data import Example, Shard, collate, prompt_of, read_gsm8k  # noqa: E402
+from data import Example, Shard, collate, prompt_of, read_pairs  # noqa: E402
 from fedbiot import Client, Config, Server, generator, layer_extract, weights_of  # noqa: E402
 from measuring import distance, fresh, peak_growth, status, table, timed  # noqa: E402
 from model import LM, ModelConfig, generate, load, load_weights, part_of  # noqa: E402
@@ -252,7 +252,9 @@ def make_server(args):
 
 def server_side(side, args):
     one = make_server(args)
-    if side != "ours":
+    if side == "transformers":
+        return peers.transformers_server(one, one.public.given)
+    if side == "naive":
         peers.copy_for_each_role(one)
     start = {name: p.detach().clone() for name, p in one.emulated.items()}
 
@@ -260,7 +262,7 @@ def server_side(side, args):
         fedbiot.copy_into(one.emulated, start)
         one.optimizer = one.new_optimizer()
         one.align(1, args.steps)
-        return torch.tensor(list(one.metrics.values()))
+        return torch.tensor(sum(one.measured.values()))
     return steps
 
 
@@ -332,8 +334,8 @@ def flat(texts) -> torch.Tensor:
 def generate_side(side, batch, args):
     lm, tokenizer = load(args.ckpt, device=args.device)
     eos, n = tokenizer.eos, args.new_tokens
-    rows = read_gsm8k(args.data_dir, "test")[:args.prompts]
-    prompts = [[tokenizer.bos] + tokenizer.encode(prompt_of(r.instruction)) for r in rows]
+    pairs = read_pairs(args.data_dir, "test")[:args.prompts]
+    prompts = [[tokenizer.bos] + tokenizer.encode(prompt_of(question)) for question, _ in pairs]
     prompts.sort(key=len)
     if side == "ours":
         return lambda: flat(generate(lm, prompts, n, eos, batch))
@@ -412,7 +414,8 @@ def draw(rows, path):
 # ---- command line -------------------------------------------------------------------------------
 
 CASES = {"losses": losses, "client": client, "server": server, "generate": generation}
-PEERS = {"losses": ["naive"], "client": ["transformers", "naive"], "server": ["naive"],
+PEERS = {"losses": ["naive"], "client": ["transformers", "naive"],
+         "server": ["transformers", "naive"],
          "generate": ["transformers"]}
 
 

@@ -1,7 +1,8 @@
 """What bench.py sets beside this project: the naive forms, and the same work by other libraries.
 
-In order: losses; the client's step, LoRA everywhere or with transformers + peft; the server's step
-with a copy of the model for each role; transformers' generate. Libraries are imported where used.
+In order: losses; the client's step, LoRA everywhere or with transformers + peft; the server's step,
+with transformers + peft or with a copy of the model for each role; transformers' generate.
+Libraries are imported where used.
 """
 import copy
 
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import fedbiot
+from extras.huggingface import to_config, to_hf
 from lora import add_lora, lora_tensors
-from model import LM, to_hf
+from model import LM
 
 # ---- losses -------------------------------------------------------------------------------------
 
@@ -87,6 +89,34 @@ def transformers_client(cfg, lm: LM, batches):
                        [p for p in model.parameters() if p.requires_grad], given)
 
 
+def transformers_server(server, batches):
+    """An alignment step by transformers + peft: the full model, and the compressed one with LoRA on
+    the layers below the adapter, both with logits at every position."""
+    from peft import LoraConfig, get_peft_model
+    full, cfg, below = server.full, server.cfg, len(server.kept)
+    layers = {i: full.layers[str(i)] for i in server.kept + server.adapter}
+    lora = LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=["q_proj", "v_proj"],
+                      layers_to_transform=list(range(below)), task_type="CAUSAL_LM")
+    teacher, student = hf_model(full), get_peft_model(hf_model(full.with_layers(layers)), lora)
+
+    def at(model, layer: int, b):
+        """(what enters a layer, logits) at the rows that answer."""
+        out = model(input_ids=b.tokens, attention_mask=(b.tokens != 0).long(), use_cache=False,
+                    output_hidden_states=True)
+        entered, logits = (x.flatten(0, 1)[b.rows].float()
+                           for x in (out.hidden_states[layer], out.logits))
+        return entered, logits.log_softmax(-1)
+
+    def loss(b):
+        with torch.no_grad():
+            target, t = at(teacher, server.cut, b)
+        entered, s = at(student, below, b)
+        l2 = (b.weights * (entered - target).square().sum(-1)).sum()
+        l2 = l2 / (b.weights * target.square().sum(-1)).sum()
+        return l2 + (b.weights * (t.exp() * (t - s)).sum(-1)).sum()
+    return plain_steps(loss, [p for p in student.parameters() if p.requires_grad], batches)
+
+
 def plain_steps(loss_of_batch, parameters, batches):
     """AdamW over the batches, from the same start every time."""
     start = [p.detach().clone() for p in parameters]
@@ -110,7 +140,7 @@ def hf_model(lm: LM):
     """The same weights as a transformers model; its layers are numbered through."""
     from transformers import LlamaConfig, LlamaForCausalLM
     renamed = lm.with_layers(dict(enumerate(lm.layers.values())))
-    config = LlamaConfig(**lm.config.to_hf() | {"num_hidden_layers": len(lm.layers)})
+    config = LlamaConfig(**to_config(lm.config) | {"num_hidden_layers": len(lm.layers)})
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     weights = {name: p.detach() for name, p in renamed.named_parameters()}
@@ -133,16 +163,15 @@ def copy_for_each_role(server):
 
 
 def naive_alignment(server, batch):
-    every = torch.arange(batch.tokens.numel(), device=batch.tokens.device)
-    cut, w = server.adapter[-server.cfg.adapter], batch.weights
+    cut, rows, w = server.cut, batch.rows, batch.weights
     with torch.no_grad():
-        target, h = fedbiot.adapter_input_and_output(server.teacher, batch.tokens, every, cut)
-        t = server.teacher.output(h).float().log_softmax(-1)[batch.rows]
-    entered, h = fedbiot.adapter_input_and_output(server.student, batch.tokens, every, cut)
-    s = server.student.output(h).float().log_softmax(-1)[batch.rows]
-    target, entered = target[batch.rows].float(), entered[batch.rows].float()
+        target, h = server.teacher.hidden(batch.tokens, tap=cut)
+        t = server.teacher.output(h).float().log_softmax(-1).flatten(0, 1)[rows]
+    entered, h = server.student.hidden(batch.tokens, tap=cut)
+    s = server.student.output(h).float().log_softmax(-1).flatten(0, 1)[rows]
+    target, entered = (x.flatten(0, 1)[rows].float() for x in (target, entered))
     l2 = (w * (entered - target).square().sum(-1)).sum() / (w * target.square().sum(-1)).sum()
-    return l2, (w * (t.exp() * (t - s)).sum(-1)).sum()
+    return {"l2": (1.0, l2), "kl": (1.0, (w * (t.exp() * (t - s)).sum(-1)).sum())}
 
 
 def transformers_texts(model, prompts, new_tokens: int, eos: int, batch: int) -> list[list[int]]:

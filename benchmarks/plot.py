@@ -1,6 +1,6 @@
-"""Curves of one or several runs in one picture, from their log.csv: losses, accuracy, bytes a client exchanged.
+"""Curves of one or several runs in one picture, from their log.csv: losses, accuracy, bytes.
 
-    python benchmarks/plot.py runs/gsm8k-fedbiot-b0.2-s2-seed0 runs/gsm8k-fedot-b0.2-s2-seed0 --out curves.png
+    python benchmarks/plot.py runs/gsm8k-fedbiot-b0.2-s2-seed0 runs/… --out curves.png
 
 Needs matplotlib (pip install -r benchmarks/requirements.txt); nothing else in this project does.
 """
@@ -31,13 +31,15 @@ def column(rows, name) -> tuple[list[float], list[float]]:
 
 def exchanged(rows) -> tuple[list[float], list[float]]:
     """(rounds, MB down and up a client since the start). The bootstrap is not in the log."""
-    return column(rows, "round")[0], [b / 1e6 for b in accumulate(row["bytes_down"] + row["bytes_up"] for row in rows)]
+    so_far = accumulate(row["bytes_down"] + row["bytes_up"] for row in rows)
+    return column(rows, "round")[0], [b / 1e6 for b in so_far]
 
 
 def draw(runs: dict[str, list[dict]], plt):
     """One panel a quantity, one colour a run; a model's accuracy has its own dash."""
     figure, axes = plt.subplots(1, 5, figsize=(20, 4), layout="constrained")
-    titles = ("client loss", "alignment: L2", "alignment: KL", "accuracy", "MB a client, down + up, so far")
+    titles = ("client loss", "alignment: L2", "alignment: KL", "accuracy",
+              "MB a client, down + up, so far")
     for axis, title in zip(axes, titles):
         axis.set(title=title, xlabel="round")
         axis.grid(alpha=0.3)
@@ -47,7 +49,8 @@ def draw(runs: dict[str, list[dict]], plt):
             axis.plot(*column(rows, name), color=colour, label=label)
         models = [name for name in MODELS if any(name in row for row in rows)]
         for name, dash in zip(models, (":", "--", "-", "-.")):
-            axes[3].plot(*column(rows, name), dash, color=colour, marker="o", markersize=3, label=f"{label}: {name}")
+            axes[3].plot(*column(rows, name), dash, color=colour, marker="o", markersize=3,
+                         label=f"{label}: {name}")
         axes[4].plot(*exchanged(rows), color=colour)
     for axis in (axes[0], axes[3]):
         axis.legend(fontsize=7)
@@ -55,10 +58,10 @@ def draw(runs: dict[str, list[dict]], plt):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
-    parser.add_argument("--out", default="curves.png", help="picture to write: .png, .svg, .pdf (default curves.png)")
+    parser.add_argument("--out", default="curves.png", help="picture to write: .png, .svg, .pdf")
     args = parser.parse_args(argv)
     runs = {Path(folder).resolve().name: read_log(folder) for folder in args.runs}
     if len(runs) < len(args.runs):                      # two runs of one name: show where they lie
