@@ -115,7 +115,9 @@ def draw_bytes(rows: list[dict], path: Path, plt):
     rows = [row for row in rows if row.get("adapfu")]
     figure, axis = plt.subplots(figsize=(9, 4.2))
     shown = sorted({row["dropout"] for row in rows} - {"–"})
-    marks = dict(zip(shown, MARKS)) | {"–": NO_EMULATOR}
+    marks = dict(zip(shown, MARKS))
+    if any(row["dropout"] == "–" for row in rows):
+        marks |= {"–": NO_EMULATOR}
     points = [(row["bytes"] / 1e3, 100 * mean(row["adapfu"])) for row in rows]
     for row, (x, y) in zip(rows, points):
         mark, colour = marks[row["dropout"]]
@@ -132,7 +134,7 @@ def draw_bytes(rows: list[dict], path: Path, plt):
     axis.spines[["top", "right"]].set_visible(False)
     handles = [plt.Line2D([], [], marker=mark, color=colour, linestyle="")
                for mark, colour in marks.values()]
-    labels = [f"β = {d}" for d in shown] + ["no emulator"]
+    labels = [f"β = {d}" if d != "–" else "no emulator" for d in marks]
     figure.legend(handles, labels, loc="upper center", ncol=3, fontsize=9.5, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.94))
     renderer = figure.canvas.get_renderer()
