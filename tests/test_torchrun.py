@@ -1,5 +1,6 @@
 """A run over several processes: the same bits, bounded memory, errors, slow and killed ranks."""
 import gc
+import json
 import os
 import re
 import shutil
@@ -7,14 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
+import data
 import fedbiot
 import train
+from extras import torchrun
 from tests.common import (
-    HERE, RUN_FILES, assert_same_run, cli, errors_in, fast_scores, folder, free_port, ranks,
+    HERE, RUN_FILES, WEIGHTS, assert_same_run, cli, errors_in, fast_scores, folder, free_port, one_line, ranks,
     read_json, read_log, read_saved, same, small_run, tiny_lm,
 )
 
@@ -34,7 +39,7 @@ def test_more_processes_give_the_same_bits():
     # kills: summed as they arrive; the same client twice; a client's number by its rank; header
     # counted as payload
     with folder() as path, fast_scores():
-        flags = small_run(path) + ["--rounds", 2]
+        flags = small_run(path, *WEIGHTS) + ["--rounds", 2]
         for world, clients, per_round in ((3, 5, 0), (4, 2, 0), (3, 6, 1)):
             argv = *flags, "--clients", clients, "--clients-per-round", per_round
             one, many = path / f"one-{clients}", path / f"many-{clients}"
@@ -65,8 +70,9 @@ def test_every_method_runs_over_processes():
 
 def test_two_hosts_over_loopback():
     # kills: ranks counted a host
-    with patch.dict(os.environ, WORLD_SIZE="6", LOCAL_WORLD_SIZE="3"):
-        assert train.local_processes() == 3
+    cores = patch.object(os, "sched_getaffinity", lambda pid: set(range(12)))
+    with patch.dict(os.environ, WORLD_SIZE="6", LOCAL_WORLD_SIZE="3"), cores:
+        assert train.resolve({}).threads == 4, "a share of this host's cores"
     with folder() as path:
         flags = small_run(path) + ["--rounds", "1", "--eval-limit", "1", "--out"]
         argv = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node",
@@ -83,6 +89,64 @@ def test_two_hosts_over_loopback():
         assert "round 1 |" in texts[0][0] and not texts[1][0]
         assert cli(*flags, path / "one")[0] == 0
         assert_same_run(path / "one", path / "two")
+
+
+def own_rows(path: Path, numbers) -> Path:
+    """A client's folder: GSM8K's training file, and nothing else."""
+    (path / "gsm8k").mkdir(parents=True)
+    rows = [{"question": f"What is {i} and {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"}
+            for i in numbers]
+    (path / "gsm8k" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def as_three_shards(folders):
+    """While this lasts, a run in this process has these clients, a folder each."""
+    def make_shards(task, data_dir, tokenizer, clients, max_len, *_):
+        return [data.Shard(data.training_examples(task, path, tokenizer, max_len))
+                for path in folders]
+    return patch.object(train, "make_shards", make_shards)
+
+
+def no_network():
+    def urlopen(*args, **keywords):
+        raise OSError("the network is not there")
+    urllib.request.urlopen = urlopen
+
+
+def test_every_client_may_have_data_of_its_own():
+    # kills: a rank's shard by another number; equal weights for unequal shards; the server asks for
+    # training data; data that changed is resumed with; which rank failed is not said
+    with folder() as path, fast_scores():
+        flags = small_run(path, *WEIGHTS) + ["--rounds", 2]
+        (path / "data" / "gsm8k" / "train.jsonl").unlink()
+        own = [own_rows(path / f"own{m}", range(20 * m, 20 * m + size))
+               for m, size in enumerate((5, 17, 9))]
+        with as_three_shards(own):
+            assert cli(*flags, "--out", path / "one")[0] == 0
+
+        def four(out, *more, folders=own):
+            def folder_of(rank):
+                return ["--data-dir", folders[rank - 1]] if rank else []
+            return ranks(path, 4, *flags, "--own-data", "--out", path / out, *more, own=folder_of,
+                         change=no_network)
+        statuses, texts = four("four")
+        assert statuses == [0] * 4, texts
+        assert_same_run(path / "one", path / "four")
+
+        (path / "four" / "summary.json").unlink()
+        (path / "none").mkdir()
+        dolly = own_rows(path / "dolly", [1]) / "gsm8k" / "train.jsonl"
+        dolly.write_text('{"instruction": "Why?", "context": "", "response": "So."}\n')
+        for folders, *more, words in (
+                ([own[0], path / "none", own[2]], "--rounds", 2, ["rank 2", "train.jsonl"]),
+                ([own[0], own[1], path / "dolly"], "--rounds", 2, ["rank 3", "'question'"]),
+                ([own[1], own[0], own[2]], "--resume", ["rank", "other training data"])):
+            statuses, texts = four("four" if "--resume" in more else "bad", *more, folders=folders)
+            error, = errors_in(texts)
+            assert statuses == [2] * 4 and all(word in error for word in words), texts
+            assert not (path / "bad").exists()
+        one_line(cli(*flags, "--own-data", "--out", path / "alone"), "--own-data", "torchrun")
 
 
 # ---- what a client's rank holds -----------------------------------------------------------------
@@ -140,7 +204,7 @@ def test_an_error_on_any_rank_ends_all_in_one_line():
         for wrong, argv, *words in (((0, 1, 2), ["--rank", 0], "--rank 0"),
                                     ((2,), ["--data-dir", no_folder], "train.jsonl"),
                                     ((1,), ["--lr", 0.5], "rank 1", "--lr 0.5", "0.001"),
-                                    ((0, 1, 2), ["--lr", 1e30], "client", "--lr")):
+                                    ((0, 1, 2), ["--lr", 1e9], "client", "--lr")):
             statuses, texts = ranks(path, 3, *flags, own=lambda r: argv if r in wrong else [])
             assert statuses == [2, 2, 2], texts
             error, = errors_in(texts)
@@ -176,13 +240,46 @@ def test_a_slow_client_is_left_out_of_the_round():
         assert_same_run(path / "one", path / "four")
 
 
+def every_client_takes_a_moment():
+    original = fedbiot.Client.update
+
+    def update(self, *args):
+        time.sleep(0.7)
+        return original(self, *args)
+    fedbiot.Client.update = update
+
+
+def first_client_stays_away():
+    original = fedbiot.Client.update
+
+    def update(self, t, payload, shard, m):
+        time.sleep(4 if m == 0 else 0)
+        return original(self, t, payload, shard, m)
+    fedbiot.Client.update = update
+
+
+def test_who_was_never_given_work_is_not_left_out():
+    # kills: the clock of --client-timeout begins with the round
+    with folder() as path, fast_scores():
+        flags = small_run(path) + ["--rounds", 1, "--client-timeout", 1.5, "--clients", 5]
+        assert cli(*flags, "--out", path / "one")[0] == 0
+        statuses, texts = ranks(path, 3, *flags, "--out", path / "three",
+                                change=every_client_takes_a_moment)
+        assert statuses == [0] * 3 and "left out" not in texts[0], texts
+        assert_same_run(path / "one", path / "three")
+        statuses, texts = ranks(path, 3, *flags, "--out", path / "late",
+                                change=first_client_stays_away)
+        assert statuses[0] == 0, texts
+        assert re.findall("client (.): left out", texts[0]) == ["0"], texts
+
+
 def second_client_claims_a_giant():
-    original = train.header_of
+    original = torchrun.header_of
 
     def header_of(upload):
         return [[name, dtype, [10**9, *shape]] for name, dtype, shape in original(upload)]
     if os.environ["RANK"] == "2":
-        train.header_of = header_of
+        torchrun.header_of = header_of
 
 
 def test_what_a_header_claims_is_not_allocated():
@@ -194,6 +291,54 @@ def test_what_a_header_claims_is_not_allocated():
         assert statuses == [0] * 4, texts
         lines = re.findall("^round . client 1: rejected.*$", texts[0].replace(",", ""), re.M)
         assert len(lines) == 2 and all("1000000000" in line for line in lines), texts[0]
+
+
+BAD_MESSAGES = [            # of rank 2, round by round: (what it posts, what is said of it)
+    ("no JSON", "its loss is None" and "is None, expected"), ("\udcff\0", "is None, expected"),
+    ("5", "is None, expected"), ("[1, 2, 3]", "is None, expected"),
+    ("[" * 5000, "is None, expected"), ("[" * 500 + "]" * 500, "is None, expected"),
+    (json.dumps([{"loss": 1, "examples": 9}, [[f"n{i}", "torch.float32", [1]]
+                                              for i in range(100_000)]]), "is None, expected"),
+    (json.dumps([{"loss": 1, "examples": 9}, [["a\nround 9: \x1b[2J", "torch.float32", [1]]]]),
+     "is None, expected"),
+    ({"loss": "L"}, "its loss is"), ({"loss": 10**400}, "its loss is 1000"),
+    ({"loss": True}, "its loss is"), ({"examples": 10**400}, "it claims 1000"),
+    ({"examples": 0}, "it claims 0"), ({"examples": 1.5}, "it claims 1.5")]
+
+
+def nested(depth: int, value=0):
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def second_client_talks_nonsense():
+    original, rounds = torchrun.Processes.post, iter(BAD_MESSAGES)
+
+    def post(self, rank, message, payload):
+        if not isinstance(message, dict):                   # not what comes with an upload
+            return original(self, rank, message, payload)
+        bad, _ = next(rounds)
+        if isinstance(bad, dict):
+            return original(self, rank, message | bad, payload)
+        self.store.set(f"{self.rank} to {rank}", bad.encode("utf-8", "surrogateescape"))
+    if os.environ["RANK"] == "2":
+        torchrun.Processes.post = post
+
+
+def test_a_message_that_is_none_costs_its_client_the_round():
+    # kills: json.loads unguarded; a header's length, a loss or a number of examples believed; what
+    # a client wrote printed as it is
+    with folder() as path:
+        flags = small_run(path) + ["--rounds", len(BAD_MESSAGES), "--local-steps", 1]
+        statuses, texts = ranks(path, 4, *flags, "--out", path / "run",
+                                change=second_client_talks_nonsense)
+        assert statuses == [0] * 4, texts
+        said = re.findall("^round (.*), client 1: rejected, (.*)$", texts[0], re.M)
+        assert [int(t) for t, _ in said] == list(range(1, len(BAD_MESSAGES) + 1)), texts[0]
+        for (_, reason), (_, word) in zip(said, BAD_MESSAGES):
+            assert word in reason and len(reason) < 300, (reason, word)
+        assert "\x1b" not in texts[0] and texts[0].count("rejected") == len(BAD_MESSAGES)
 
 
 # ---- stopped and killed -------------------------------------------------------------------------
@@ -255,7 +400,7 @@ def test_torchrun_restarts_a_killed_client_from_the_last_round():
     # kills: a restart refuses the folder that exists; starts at round 0; loses a row
     with folder() as path, fast_scores():
         free_port()
-        flags = small_run(path) + ["--rounds", "2", "--out"]
+        flags = small_run(path, *WEIGHTS) + ["--rounds", "2", "--out"]
         assert cli(*flags, path / "one")[0] == 0
         (path / "dies.py").write_text(KILLS_ITSELF.format(here=str(HERE)))
         argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",

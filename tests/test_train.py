@@ -1,22 +1,28 @@
 """Training's command line: the plan, presets, mistakes, the run folder, resuming."""
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from fractions import Fraction
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
 import eval as evaluation
 import fedbiot
+import lora
 import train
 from tests.common import (
     HERE, RUN_FILES, WEIGHTS, assert_same_run, cli, fast_scores, folder, meta_folder, one_line,
-    read_json, read_log, read_saved, refused, scored, small_run, tiny_lm,
+    read_json, read_log, read_saved, refused, scored, small_run, start,
+    stopped_before_evaluation, tiny_lm,
 )
 
 LLAMA_2_7B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-5,
@@ -96,6 +102,24 @@ def test_plan_of_the_other_methods_is_table_5_and_its_rules():
             assert math.isclose(p["gmac_per_token"], mac / 1e9), (method, p)
         assert tt == 140_800 and round(32 * lora / tt, 1) == 29.8, "as FedTT's paper has them"
         assert plan("--method", "fedtt", "--tt-bias")["trainable_params"] == 407_040
+
+def test_a_plan_follows_what_carries_lora():
+    # kills: parameters, bytes or multiplications of the plan by a formula of wq and wv
+    full = tiny_lm(vocab_size=1024).layers["0"]
+    for targets in (("wq",), ("wq", "wk", "wv", "wo")):
+        with folder() as path, fast_scores(), patch.object(lora, "TARGETS", targets):
+            flags, run = small_run(path), path / "run"
+            assert cli(*flags, "--out", run)[0] == 0
+            plan, learnt, rows = planned(*flags), read_saved(run / "lora.pt"), read_log(run)
+        sizes = [getattr(full.attention, name).weight.shape for name in targets]
+        layer = sum(8 * (d_out + d_in) for d_out, d_in in sizes)
+        frozen = sum(p.numel() for n, p in full.named_parameters() if "norm" not in n)
+        assert plan["trainable_params"] == 2 * layer
+        assert plan["trainable_params"] == sum(t.numel() for n, t in learnt.items() if n[7] in "34")
+        assert math.isclose(plan["gmac_per_token"], (3 + 2 - 1) * (frozen + layer) / 1e9)
+        for row in rows:
+            sent = float(row["bytes_down"]) + float(row["bytes_up"])
+            assert math.isclose(sent / 1e6, plan["comm_mb_per_round"]), targets
 
 
 # ---- flags --------------------------------------------------------------------------------------
@@ -180,6 +204,62 @@ def test_a_mistake_in_a_file_ends_in_one_line_before_the_first_round():
             assert not (path / "run" / "state.pt").exists(), f"{argv}: refused only after a round"
         assert (path / "file").read_text() == "mine" and not list((path / "taken").iterdir())
 
+@contextlib.contextmanager
+def no_longer_than(seconds: int):
+    """A wait without end, for a FIFO's writer, becomes a failure."""
+    def too_long(*_):
+        raise TimeoutError(f"still waiting after {seconds} seconds")
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+TEXTS = {train.main: ("ckpt", "data-dir", "out", "init-lora", "device", "save-predictions"),
+         evaluation.main: ("ckpt", "data-dir", "run", "export", "predictions", "device")}
+
+
+def test_an_empty_or_an_endless_value_is_one_line():
+    # kills: an empty name taken for the folder one stands in; a number that overflows later; a name
+    # that is too long as a traceback
+    with folder() as path:
+        flags = small_run(path) + ["--out", path / "run"]
+        (path / "file").write_text("mine")
+        for main, names in TEXTS.items():
+            usual = flags if main is train.main else ["--task", "gsm8k", "--limit", 1]
+            for name in names:
+                one_line(cli(*usual, f"--{name}", "", main=main), f"--{name}", "empty")
+            for name in names:
+                if name != "save-predictions":              # GSM8K keeps no programs
+                    for wrong in ("n" * 300, path / "file" / "below"):
+                        one_line(cli(*usual, f"--{name}", wrong, main=main))
+            for number in ("99999999999999999999", "-99999999999999999999", "1" * 5000, "٣x"):
+                one_line(cli(*usual, "--threads", number, main=main), "--threads")
+        one_line(cli(*flags, "--lr", "9" * 400), "--lr")
+        assert not (path / "run").exists()
+
+
+def test_a_checkpoint_of_brackets_or_pipes_is_one_line():
+    # kills: RecursionError as a traceback; a wait for the writer of a pipe
+    with folder() as path:
+        flags = small_run(path) + ["--out", path / "run"]
+        for name in ("params.json", "tokenizer.model", "consolidated.00.pth", "train.jsonl",
+                     "test.jsonl", "alpaca_data.json"):
+            file, = path.rglob(name)
+            content = file.read_bytes()
+            file.write_bytes(b"[" * 200_000)
+            one_line(cli(*flags), name)
+            file.unlink()
+            os.mkfifo(file)
+            with no_longer_than(20):
+                one_line(cli(*flags), name)
+            file.unlink()
+            file.write_bytes(content)
+            assert not (path / "run").exists(), name
+
 
 # ---- the run folder -----------------------------------------------------------------------------
 
@@ -256,6 +336,47 @@ def test_a_default_name_that_is_taken_gets_a_number():
         name = "gsm8k-fedbiot-b0.34-s2-seed0"
         assert {p.name for p in (path / "runs").iterdir()} == {name, name + "-2", name + "-3"}
 
+def at_the_same_moment():
+    """Both processes stand where a folder is chosen before either goes on; then each in `IN`."""
+    original = train.choose_folder
+
+    def choose_folder(cfg, restarted):
+        os.chdir(os.environ["IN"])
+        Path(f"here-{os.getpid()}").touch()
+        while len(list(Path().glob("here-*"))) < 2:
+            time.sleep(0.001)
+        return original(cfg, restarted)
+    train.choose_folder = choose_folder
+
+
+def test_two_runs_of_the_same_moment_take_two_folders():
+    # kills: a free name looked for first and made later
+    name = "gsm8k-fedbiot-b0.34-s2-seed0"
+    with folder() as path:
+        flags = small_run(path) + ["--rounds", 1]
+        jobs = [start(path / f"log{i}", *flags, change=at_the_same_moment, IN=str(path))
+                for i in range(2)]
+        for job in jobs:
+            job.join(120)
+        texts = [(path / f"log{i}").read_text() for i in range(2)]
+        assert [job.exitcode for job in jobs] == [0, 0], texts
+        made = {p.name for p in (path / "runs").iterdir()}
+        assert made == {name, name + "-2"}, made
+        assert_same_run(path / "runs" / name, path / "runs" / f"{name}-2")
+
+
+def test_a_folder_with_a_run_at_work_is_refused_in_one_line():
+    # kills: two runs in one folder; a lock that outlives its process
+    with folder() as path, fast_scores():
+        flags, run = small_run(path), path / "run"
+        with stopped_before_evaluation():
+            assert cli(*flags, "--out", run)[0] == 130
+        before = {p.name: p.read_bytes() for p in run.iterdir()}
+        with train.locked(run):
+            one_line(cli(*flags, "--out", run, "--resume"), str(run), "at work")
+        assert before == {p.name: p.read_bytes() for p in run.iterdir()}
+        assert cli(*flags, "--out", run, "--resume")[0] == 0
+
 
 def test_the_main_command_runs_on_the_bundled_model_from_anywhere():
     # kills: a path relative to the working directory
@@ -272,6 +393,119 @@ def test_the_main_command_runs_on_the_bundled_model_from_anywhere():
         assert float(row["client_loss"]) < 0.5 * math.log(1024), "a pre-trained model"
         again = command()
         one_line((again.returncode, again.stdout, again.stderr), "--resume")
+
+# ---- the six files alone ------------------------------------------------------------------------
+
+SIX = ("model.py", "lora.py", "fedbiot.py", "data.py", "eval.py", "train.py")
+SHORT = ("--task", "gsm8k", "--dropout", "0.2", "--adapter", "2", "--rounds", "1", "--local-steps",
+         "2", "--align-init", "2", "--eval-limit", "2", "--max-new-tokens", "20", "--threads", "1")
+
+# Every door in one process: (which program, its flags) -> the status and the line of each.
+DOORS = """
+import contextlib, io, json, os, sys
+import eval, train
+for program, argv, env in json.load(open("doors.json")):
+    err, status = io.StringIO(), None
+    os.environ.update(env)
+    with contextlib.redirect_stderr(err):
+        try:
+            eval.main_guard(lambda: {"train": train, "eval": eval}[program].main(argv))
+        except SystemExit as end:
+            status = end.code
+    for name in env:
+        del os.environ[name]
+    print(json.dumps([status, err.getvalue()]), file=sys.stderr)
+"""
+
+
+def alone(path: Path) -> Path:
+    """The six files and the bundled model, in a folder of their own."""
+    shutil.copytree(HERE / "tiny", path / "tiny")
+    for name in SIX:
+        shutil.copy(HERE / name, path)
+    return path
+
+
+def command_in(path: Path, *argv) -> subprocess.CompletedProcess:
+    """Python with these arguments, in a folder, where nothing else of the project is found."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=path, env=env, text=True,
+                          capture_output=True, timeout=300)
+
+
+def test_the_six_files_alone_are_the_program():
+    # kills: an import of a room at the top of a file, or on the default way; other bits without the
+    # rooms
+    assert cli(*SHORT, "--out", os.devnull, "--plan")[0] == 0
+    with folder() as path:
+        status, _, err = cli(*SHORT, "--out", path / "whole")
+        assert status == 0, err
+        here, outputs = alone(path), []
+        for argv in (("train.py", *SHORT, "--plan", "--json"), ("train.py", *SHORT, "--out", "run"),
+                     ("eval.py", "--run", "run", "--limit", 2, "--threads", 1, "--json"),
+                     ("train.py", *SHORT, "--out", "run", "--resume")):
+            done = command_in(here, *argv)
+            assert (done.returncode, done.stderr) == (0, ""), (argv, done)
+            outputs.append(done.stdout)
+            if argv[0] == "eval.py":                        # what --resume has to make again
+                summary = read_json(here / "run" / "summary.json")
+                (here / "run" / "summary.json").unlink()
+                (here / "run" / "lora.pt").rename(here / "first.pt")
+        assert json.loads(outputs[0]) == planned(*SHORT)
+        assert json.loads(outputs[2]) == summary["metrics"]["adapfu"]
+        assert "round 1 |" in outputs[1] and "round 1 |" not in outputs[3]
+        for found in (here / "first.pt", here / "run" / "lora.pt"):
+            assert found.read_bytes() == (path / "whole" / "lora.pt").read_bytes(), found
+        assert_same_run(here / "run", path / "whole")
+
+
+def test_a_door_to_a_room_that_is_not_there_is_one_line():
+    # kills: ModuleNotFoundError as a traceback; status 1
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    doors = [("train", ["--method", m], {}, train.METHODS[m].split(".")[0])
+             for m in train.METHODS if m != "fedbiot"]
+    doors += [("train", ["--task", "dolly"], {}, "tasks"),
+              ("train", ["--task", "rosetta"], {}, "tasks"),
+              ("train", ["--shots", "8"], {}, "tasks"), ("train", [], ranks, "extras"),
+              ("train", ["--init-lora", "x"], {}, "extras"),
+              ("train", ["--data-dir", "."], {}, "extras"),
+              ("train", ["--ckpt", "hf"], {}, "extras"),
+              ("eval", ["--export", "out"], {}, "extras"),
+              ("eval", ["--task", "dolly"], {}, "tasks"),
+              ("eval", ["--task", "gsm8k", "--predictions", "p.jsonl"], {}, "tasks")]
+    with folder() as path:
+        alone(path)
+        (path / "hf").mkdir()
+        (path / "hf" / "config.json").write_text("{}")
+        (path / "doors.py").write_text(DOORS)
+        (path / "doors.json").write_text(json.dumps([door[:3] for door in doors]))
+        done = command_in(path, "doors.py")
+        answers = [json.loads(line) for line in done.stderr.splitlines()]
+        assert len(answers) == len(doors), done
+        for (status, line), (program, argv, _, room) in zip(answers, doors):
+            assert status == 2 and line.count("\n") == 1, (program, argv, line)
+            assert line.startswith("error: ") and f"'{room}'" in line, (program, argv, line)
+        assert not list(path.glob("runs/*")) and not (path / "out").exists()
+
+
+FAKE_TORCH = """
+import os, signal, time
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_during_the_imports_is_one_line():
+    # kills: the handler set after the imports; every rank prints
+    with folder() as path:
+        alone(path)
+        (path / "torch.py").write_text(FAKE_TORCH)
+        for program, rank, said in (("train.py", "0", 1), ("train.py", "2", 0),
+                                    ("eval.py", "0", 1)):
+            with patch.dict(os.environ, RANK=rank):
+                done = command_in(path, program, *SHORT[:2])
+            assert (done.returncode, done.stdout) == (130, ""), done
+            assert done.stderr == "stopped by Ctrl-C\n" * said, done
 
 
 # ---- resuming -----------------------------------------------------------------------------------
@@ -329,3 +563,62 @@ def test_resume_refuses_other_flags_and_a_cut_state():
         assert (run / "state.pt").read_bytes() == state
         (run / "state.pt").write_bytes(state[:900])
         one_line(cli(*flags, "--out", run, "--resume"), "state.pt")
+
+def rewritten(path: Path, old: str, new: str):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_resume_refuses_other_data_and_another_checkpoint():
+    # kills: the state tied to flags alone; only the files' names or sizes compared
+    data = Path("data") / "gsm8k"
+    with folder() as path, fast_scores():
+        flags, run = small_run(path, *WEIGHTS), path / "run"
+        with stopped_before_evaluation():
+            assert cli(*flags, "--out", run)[0] == 130
+        state = (run / "state.pt").read_bytes()
+        for file, change in (
+                (path / data / "train.jsonl", lambda f: rewritten(f, "7 and 7", "8 and 7")),
+                (path / data / "test.jsonl", lambda f: rewritten(f, "#### 2", "#### 4")),
+                (path / "data" / "alpaca" / "alpaca_data.json",
+                 lambda f: rewritten(f, "Repeat 3", "Repeat 9")),
+                (path / "ckpt" / "params.json", lambda f: rewritten(f, "500.0", "501.0")),
+                (path / "ckpt" / "consolidated.00.pth",
+                 lambda f: meta_folder(f.parent, tiny_lm(1, vocab_size=1024), tokenizer=True))):
+            content = file.read_bytes()
+            change(file)
+            assert file.read_bytes() != content
+            one_line(cli(*flags, "--out", run, "--resume"), "state.pt", "made with", "--out")
+            assert (run / "state.pt").read_bytes() == state
+            file.write_bytes(content)
+        assert cli(*flags, "--out", run, "--resume")[0] == 0
+        assert cli(*flags, "--out", path / "whole")[0] == 0
+        assert_same_run(run, path / "whole")
+
+
+def test_eval_refuses_a_run_whose_files_are_not_its_own():
+    # kills: lora.pt of another run under this one's alpha; a configuration changed by hand
+    with folder() as path, fast_scores():
+        flags, run = small_run(path, *WEIGHTS) + ["--rounds", 1], path / "run"
+        assert cli(*flags, "--out", run)[0] == 0
+        assert cli(*flags, "--seed", 1, "--out", path / "other")[0] == 0
+        original = {p.name: p.read_bytes() for p in run.iterdir()}
+
+        def evaluated():
+            return cli("--run", run, "--limit", 1, main=evaluation.main)
+        for name in ("lora.pt", "emulator.pt"):
+            (run / name).write_bytes((path / "other" / name).read_bytes())
+            one_line(evaluated(), str(run), name)
+            (run / name).write_bytes(original[name])
+        for old, new in (('"alpha": 16.0', '"alpha": 32.0'), ('"rank": 8', '"rank": 4'),
+                         ('"method": "fedbiot"', '"method": "fedavg"')):
+            rewritten(run / "config.json", old, new)
+            one_line(evaluated(), str(run), "config.json")
+            (run / "config.json").write_bytes(original["config.json"])
+        for content in (b"{}", b"[]", b"[" * 200_000, b"\xff"):
+            for name in ("config.json", "summary.json"):
+                (run / name).write_bytes(content)
+                one_line(evaluated(), str(run))
+                (run / name).write_bytes(original[name])
+        assert evaluated()[0] == 0
