@@ -257,8 +257,8 @@ def test_honest_fedkseed_uploads_of_few_steps_are_not_outliers():
     for steps in (1, 2, 3):
         with contextlib.redirect_stderr(io.StringIO()) as err:
             for seed in range(3):
-                shards = [toy_shard(i, i + 8) for i in range(0, 40, 8)]
-                method_run("fedkseed", tiny_lm(n_layers=2), 4, shards=shards, seed=seed, lr=1e-4,
+                shards = [toy_shard(i, i + 8) for i in range(0, 24, 8)]
+                method_run("fedkseed", tiny_lm(n_layers=2), 12, shards=shards, seed=seed, lr=1e-4,
                            local_steps=steps, kseed_candidates=8, max_update_norm=10.0)
         assert "rejected" not in err.getvalue(), err.getvalue()
         cfg = method_config("fedkseed", local_steps=steps, max_update_norm=10.0)
