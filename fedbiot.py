@@ -467,7 +467,7 @@ def misfit(upload: Payload, expected: Payload) -> str:
     found, wanted = ({name: (t.dtype, [*t.shape]) for name, t in p.items()}
                      for p in (upload, expected))
     odd = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
-    return f"{odd[0]:.80} is {found.get(odd[0])}, expected {wanted.get(odd[0])}" if odd else ""
+    return f"{odd[0]!r:.80} is {found.get(odd[0])}, expected {wanted.get(odd[0])}" if odd else ""
 
 def implausible(metrics: dict) -> str:
     """Why what a client reports cannot be used; "": it can."""
@@ -492,7 +492,8 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
                for m, (upload, metrics) in results.items()}
     fine = [m for m in results if not reasons[m]]
     norms = dict(zip(fine, distances([results[m][0] for m in fine], expected)))
-    reasons |= {m: "not all of its numbers are finite" for m in fine if not math.isfinite(norms[m])}
+    reasons |= {m: "not all of its numbers are finite; try a smaller --lr" for m in fine
+                if not math.isfinite(norms[m])}
     usual = median_low([norms[m] for m in fine if not reasons[m]] or [0.0])   # of two, the smaller
     count = sum(like.numel() for like in expected.values() if like.is_floating_point())
     bound = cfg.max_update_norm * max(1, 16 / count)**2     # the norm of a few numbers varies a lot

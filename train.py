@@ -209,7 +209,8 @@ def load_state(folder: Path, now: dict[str, str]) -> dict | None:
         return None
     state = read_saved(path)
     with expecting("a state that can be resumed; move it away to start anew", path):
-        then = state["depends_on"] | {}
+        then, rounds = state["depends_on"] | {}, [row["round"] for row in state["rows"]]
+        state["server"]["learnt"], state["metrics"] | {}, state["seconds"] + len(rounds)
     for name in (name for name in now if now[name] != then.get(name)):
         raise UserError(f"{path}: was made with {name} {then.get(name)}, now it is {now[name]}; "
                         f"resume with the same, or choose another --out")
@@ -356,8 +357,7 @@ def run(argv=None, processes=None) -> int:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
     if processes and processes.rank:
         processes.serve(cfg, device)                        # a client's process, until the end
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    folder = choose_folder(cfg, restarted)
+    folder = choose_folder(cfg, restarted=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
     if (folder / "summary.json").is_file():
         print(f"{folder}: this run is finished", file=sys.stderr)
     else:

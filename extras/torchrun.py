@@ -142,8 +142,9 @@ class Processes:
             self.post(rank, [as_json(cfg), own_gpu, known], bootstrap)
             self.send(rank, bootstrap)
         for rank in range(1, self.world):
-            name, found = self.wait(rank)[0] or ("", "")
-            known.setdefault(str(name), str(found)[:64])
+            match self.wait(rank)[0]:
+                case [str(name), str(found)]:
+                    known.setdefault(name[:64], found[:64])
         return self
 
     def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> tuple:

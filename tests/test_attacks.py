@@ -9,23 +9,23 @@ import os
 import random
 import re
 import signal
+import time
 import tracemalloc
 from pathlib import Path
 from resource import RLIMIT_FSIZE, setrlimit
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import baselines
 import data
 import fedbiot
 import model
 import train
 from model import LM, ModelConfig, UserError
 from tests.common import (
-    PARAMS, RUN_FILES, Evil, assert_same_run, benchmark, cli, config, copied, errors_in,
+    PARAMS, RUN_FILES, WEIGHTS, Evil, assert_same_run, cli, config, copied, errors_in,
     fast_scores, folder, gsm8k_folder, hf_folder, hf_state, meta_folder, off, one_line, pair, raw,
     read_json, read_log, read_saved, refused, run_rounds, same, small_run, start,
     stopped_before_evaluation, tiny_lm, toy_shard,
@@ -34,22 +34,49 @@ from tests.common import (
 
 # ---- kills and full disks -----------------------------------------------------------------------
 
+def until(job, reached, seconds=math.inf):
+    """Waits until `reached()`, for so many seconds at most, or until the job ends by itself."""
+    end = time.perf_counter() + seconds
+    while not reached() and time.perf_counter() < end and job.is_alive():
+        time.sleep(0.003)
+
+
+def rounds_of(run: Path) -> int:
+    return len(read_log(run)) if (run / "log.csv").exists() else 0
+
+
 def test_killed_at_any_moment_nothing_is_lost():
-    # kills: the rows of the state forgotten by a resumed run
-    kill_test = benchmark("kill_test")
-    with folder() as path, contextlib.redirect_stdout(io.StringIO()) as said:
-        flags = small_run(path) + ["--rounds", 24, "--eval-every", 4]
-        start(path / "log", *flags, "--plan").join()        # the fork server imports torch
+    # kills: the rows of the state forgotten by a resumed run; emulator.pt written again
+    rng, kills = random.Random(0), 0
+    with folder() as path:
+        flags = small_run(path, *WEIGHTS) + ["--rounds", 24, "--eval-every", 4]
 
         def begin(out: Path):
             return start(path / "log", *flags, "--out", out, "--resume")
-        kills, same_bits = kill_test.killed_and_whole(begin, path, 6, random.Random(0))
-        assert same_bits and kills >= 3, said.getvalue()
+        start(path / "log", *flags, "--plan").join()        # the fork server imports torch
+        began, job = time.perf_counter(), begin(path / "whole")
+        until(job, lambda: rounds_of(path / "whole"))
+        first = time.perf_counter() - began
+        job.join()
+        later = (time.perf_counter() - began - first) / 23
+        for before_a_round in (True, False) * 3:
+            done, job = rounds_of(path / "killed"), begin(path / "killed")
+            if before_a_round:
+                until(job, lambda: False, rng.uniform(0, first))
+            else:
+                until(job, lambda: rounds_of(path / "killed") > done)
+                until(job, lambda: False, rng.uniform(0, later))
+            job.kill()
+            job.join()
+            kills += job.exitcode == -signal.SIGKILL
+        job = begin(path / "killed")
+        job.join()
+        assert job.exitcode == 0 and kills >= 3, (kills, (path / "log").read_text())
         assert_same_run(path / "killed", path / "whole")
 
 
 def killed_within_its_fourth_state():
-    save, count = torch.save, itertools.count(1)
+    save, count = torch.save, itertools.count()             # 0 is emulator.pt
 
     def half(state, file):
         if next(count) == 4:
@@ -64,7 +91,7 @@ def killed_within_its_fourth_state():
 def test_a_state_torn_by_a_kill_is_not_the_state():
     # kills: state written in place; the log ahead of the state; a torn file taken for the state
     with folder() as path, fast_scores():
-        flags, run = small_run(path) + ["--rounds", 5], path / "run"
+        flags, run = small_run(path, *WEIGHTS) + ["--rounds", 5], path / "run"
         start(path / "log", *flags, "--out", run, change=killed_within_its_fourth_state).join()
         assert len(read_saved(run / "state.pt")["rows"]) == len(read_log(run)) == 3
         assert cli(*flags, "--out", run, "--resume")[0] == 0
@@ -132,15 +159,21 @@ def each(change):
     return edited(lambda u: u.update({n: change(p) for n, p in u.items()}))
 
 
+def claims(**numbers):
+    """What a client sends that reports these numbers."""
+    return lambda upload, metrics: (upload, metrics | numbers)
+
+
 HOSTILE = {                                                 # a word of the reason: what it does
-    "missing": edited(lambda u: u.pop(first_of(u))),
-    "'extra'": edited(lambda u: u.update(extra=torch.ones(1))),
-    "[1]": edited(lambda u: u.update({first_of(u): torch.ones(1)})),
+    "is None, expected": edited(lambda u: u.pop(first_of(u))),
+    "'extra' is": edited(lambda u: u.update(extra=torch.ones(1))),
+    "[1])": edited(lambda u: u.update({first_of(u): torch.ones(1)})),
     "float64": each(lambda p: p.double()),
     "finite": edited(lambda u: u[first_of(u)].view(-1)[0].fill_(math.nan)),
     "not all": edited(lambda u: u[first_of(u)].view(-1)[-1].fill_(-math.inf)),
-    "its numbers": lambda u, metrics: (u, {"loss": math.nan}),
-    "numbers are": lambda u, metrics: (u, {}),
+    "its loss is nan": claims(loss=math.nan), "its loss is -inf": claims(loss=-math.inf),
+    "its loss is None": lambda u, metrics: (u, {}), "its loss is 1000000": claims(loss=10**400),
+    "its loss is '1'": claims(loss="1"), "its loss is True": claims(loss=True),
     "--max-update-norm 10": each(lambda p: p + 3),
     "more than": edited(lambda u: u[first_of(u)].fill_(3e38)),  # its square overflows fp32
 }
@@ -174,11 +207,12 @@ def test_hostile_uploads_are_rejected_and_the_rest_averaged():
 
 def test_hostile_indices_and_scalars_are_harmless_to_fedkseed():
     # kills: an index past the candidates ends the server; NaN scalars summed
-    cfg = SimpleNamespace(**vars(config()), method="fedkseed", kseed_candidates=8, kseed_eps=1e-3)
-    server = baselines.module_of("fedkseed").Server(tiny_lm(), None, cfg)
+    cfg = train.resolve({"method": "fedkseed", "kseed_candidates": 8, "local_steps": 3})
+    server = train.method_of("fedkseed").Server(tiny_lm(), None, cfg)
     wild = {"j": torch.tensor([-9, 2**31 - 1, 3]).int(), "g": torch.ones(3)}
     nan = {"j": wild["j"], "g": torch.tensor([1, math.nan, 1])}
-    uploads = {0: (wild, {"loss": 1.0}), 1: (nan, {"loss": 1.0})}
+    fine = {"loss": 1.0, "examples": 1}
+    uploads = {0: (wild, fine), 1: (nan, fine)}
     with contextlib.redirect_stderr(io.StringIO()) as err:
         results = fedbiot.accepted(0, uploads, server.expected(0), cfg)
     assert list(results) == [0] and "client 1: rejected" in err.getvalue()
@@ -197,14 +231,17 @@ def test_code_in_a_state_is_never_run_and_another_runs_state_is_refused():
         state, whole = read_saved(run / "state.pt"), (run / "state.pt").read_bytes()
         learnt = state["server"]["learnt"]
         at = whole.find(raw(learnt[first_of(learnt)]))
-        other_run = state["config"] | {"seed": 5, "task": "dolly"}
+        other_run = state["depends_on"] | {"--seed": 5, "--task": "dolly"}
         Evil.path = str(path / "owned")
         for content, *words in ((state | {"rows": Evil()}, "state.pt"), ({}, "state.pt"),
-                                (state | {"config": {}}, "--dropout"), ([1], "state.pt"),
+                                (state | {"depends_on": {}}, "--task None"),
+                                ([1], "state.pt"), (state | {"depends_on": 7}, "state.pt"),
                                 (state | {"rows": [1]}, "state.pt"),
+                                ({"depends_on": state["depends_on"]}, "state.pt"),
+                                *((state | {name: None}, "state.pt") for name in state),
                                 (state | {"server": {}}, "state.pt"),
-                                (state | {"server": {"learnt": {}}}, "state.pt"),
-                                (state | {"config": other_run}, "--seed 5", "0")):
+                                (state | {"server": {"learnt": {}}}, run, "learnt"),
+                                (state | {"depends_on": other_run}, "--task dolly", "gsm8k")):
             torch.save(content, run / "state.pt")
             one_line(cli(*flags, "--out", run, "--resume"), *words)
             assert not (path / "owned").exists()
@@ -352,15 +389,14 @@ def test_mutated_states_load_right_or_are_refused_in_one_line():
     with folder() as path, stopped_before_evaluation():
         flags, run = small_run(path), path / "run"
         cli(*flags, "--out", run)
-        args = vars(train.make_parser().parse_args(flags))
-        cfg = train.resolve({k: v for k, v in args.items() if k not in ("resume", "plan", "json")})
-        original = train.load_state(run, cfg)
+        known = read_saved(run / "state.pt")["depends_on"]
+        original = train.load_state(run, known)
 
         def same_state(state):
             server, expected = state["server"], original["server"]
             assert same(server["learnt"], expected["learnt"]) and state["rows"] == original["rows"]
             assert repr(server["optimizer"]) == repr(expected["optimizer"])
-        fuzzed(6, 100, run / "state.pt", lambda: train.load_state(run, cfg), same_state)
+        fuzzed(6, 100, run / "state.pt", lambda: train.load_state(run, known), same_state)
 
 
 def test_a_gzip_bomb_is_bounded():
@@ -393,3 +429,50 @@ def test_a_thousand_clients_take_the_memory_of_ten():
             assert job.exitcode == 0, (path / "log").read_text()
             peaks.append(read_json(run / "summary.json")["peak_memory_bytes"])
         assert peaks[1] < peaks[0] + 30e6, peaks
+
+# ---- what the host reads ------------------------------------------------------------------------
+
+class Reads(TorchDispatchMode):
+    """Runs without memory, on "meta", and counts where the host would wait for a GPU: a number that
+    is read, a tensor copied to the CPU, a shape that depends on numbers (nonzero)."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        source = next((a for a in args if torch.is_tensor(a) and a.device.type == "meta"), None)
+        device = str(kwargs.get("device", ""))
+        read = source is not None and (function is torch.ops.aten._local_scalar_dense.default
+                                       or "nonzero" in str(function) or device == "cpu")
+        copied = function is torch.ops.aten.copy_.default and args[0].device.type == "cpu"
+        if read or copied and args[1].device.type == "meta":
+            self.found.append(str(function))
+            return 1.0 if device != "cpu" else torch.ones(source.shape, dtype=source.dtype)
+        return function(*args, **kwargs)
+
+
+def test_the_host_reads_a_gpu_once_a_client_and_once_an_alignment():
+    # kills: a loss read every step; a mask's rows looked for; uploads measured one by one
+    def reads(call, *args):
+        on_gpu = patch.object(torch.Tensor, "is_cuda", property(lambda self: True))
+        no_autocast = patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+        with Reads() as mode, on_gpu, no_autocast:          # autocast does not know "meta"
+            result = call(*args)
+        return mode.found, result
+    for dtype, tuned in ((torch.float32, "weights"), (torch.bfloat16, "lora")):
+        cfg = config(local_steps=5, align_init=5, align_steps=5, align_init_on=tuned)
+        server = fedbiot.Server(tiny_lm().to(dtype).to("meta"), toy_shard(), cfg)
+        found, bootstrap = reads(server.bootstrap)
+        assert len(found) == (tuned == "weights"), f"Eq. 5, all steps: {found}"
+        client = fedbiot.Client(bootstrap, cfg, "meta")
+        found, payload = reads(server.broadcast, 1)
+        assert len(found) == 1, f"Eq. 7, all steps: {found}"
+        found, (upload, metrics) = reads(client.update, 1, payload, toy_shard(), 0)
+        assert len(found) == 1, f"all steps of a client: {found}"
+        results = {m: (upload, metrics | {"examples": 4}) for m in range(6)}
+        found, _ = reads(fedbiot.accepted, 1, results, server.expected(1), cfg)
+        assert len(found) == 1, f"the norms of all uploads: {found}"
+        found, _ = reads(server.aggregate, 1, [upload] * 6, [1.0] * 6)
+        assert not found, found

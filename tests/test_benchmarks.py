@@ -1,9 +1,18 @@
 """What the programs of benchmarks/ read of a run."""
 import contextlib
 import io
+import subprocess
+import sys
 
 import train
-from tests.common import benchmark, folder, needs
+from tests.common import HERE, benchmark, folder, needs
+
+
+def write_log(run, rows):
+    """log.csv as train.py writes it: an empty cell where a row has no value."""
+    columns = list(dict.fromkeys([*train.COLUMNS, *(name for row in rows for name in row)]))
+    lines = [columns] + [[str(row.get(name, "")) for name in columns] for row in rows]
+    (run / "log.csv").write_text("".join(",".join(line) + "\n" for line in lines))
 
 
 def test_curves_read_every_column_of_the_log():
@@ -12,9 +21,7 @@ def test_curves_read_every_column_of_the_log():
     first = {"round": 1, "client_loss": 2.0, "bytes_down": 3e6, "bytes_up": 1e6, "seconds": 1.0}
     second = first | {"round": 2, "client_loss": 1.0, "bytes_up": 2e6, "adapfu": 0.5}
     with folder() as path:
-        columns = [*train.COLUMNS, "adapfu"]
-        lines = [[str(row.get(name, "")) for name in columns] for row in (first, second)]
-        (path / "log.csv").write_text("\n".join(map(",".join, [columns, *lines])) + "\n")
+        write_log(path, [first, second])
         rows = plot.read_log(path)
         assert plot.exchanged(rows) == ([1, 2], [4, 9])
         assert plot.column(rows, "adapfu") == ([2], [0.5])
@@ -23,3 +30,17 @@ def test_curves_read_every_column_of_the_log():
         with contextlib.redirect_stdout(io.StringIO()):
             plot.main([str(path), str(path), "--out", str(path / "p.png")])
         assert (path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_log_becomes_tensorboard_events():
+    # kills: all rows at one step; an empty cell as a number
+    reader, = needs("tensorboard.backend.event_processing.event_accumulator")
+    rows = [{"round": t, "client_loss": 3.0 - t, "seconds": 1.0} for t in (1, 2)]
+    with folder() as path:
+        write_log(path, [rows[0], rows[1] | {"adapfu": 0.5}])
+        subprocess.run([sys.executable, HERE / "benchmarks" / "tensorboard_log.py", path],
+                       check=True, capture_output=True)
+        board = reader.EventAccumulator(str(path))
+        board.Reload()
+        events = [(e.step, e.value) for e in board.Scalars("client_loss")]
+        assert events == [(1, 2.0), (2, 1.0)] and len(board.Scalars("adapfu")) == 1

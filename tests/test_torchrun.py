@@ -19,8 +19,8 @@ import fedbiot
 import train
 from extras import torchrun
 from tests.common import (
-    HERE, RUN_FILES, WEIGHTS, assert_same_run, cli, errors_in, fast_scores, folder, free_port, one_line, ranks,
-    read_json, read_log, read_saved, same, small_run, tiny_lm,
+    HERE, RUN_FILES, WEIGHTS, assert_same_run, cli, errors_in, fast_scores, folder, free_port,
+    one_line, ranks, read_json, read_log, read_saved, same, small_run, tiny_lm,
 )
 
 
@@ -204,7 +204,7 @@ def test_an_error_on_any_rank_ends_all_in_one_line():
         for wrong, argv, *words in (((0, 1, 2), ["--rank", 0], "--rank 0"),
                                     ((2,), ["--data-dir", no_folder], "train.jsonl"),
                                     ((1,), ["--lr", 0.5], "rank 1", "--lr 0.5", "0.001"),
-                                    ((0, 1, 2), ["--lr", 1e9], "client", "--lr")):
+                                    ((0, 1, 2), ["--lr", 1e9], "client", "smaller --lr")):
             statuses, texts = ranks(path, 3, *flags, own=lambda r: argv if r in wrong else [])
             assert statuses == [2, 2, 2], texts
             error, = errors_in(texts)
@@ -293,32 +293,34 @@ def test_what_a_header_claims_is_not_allocated():
         assert len(lines) == 2 and all("1000000000" in line for line in lines), texts[0]
 
 
-BAD_MESSAGES = [            # of rank 2, round by round: (what it posts, what is said of it)
-    ("no JSON", "its loss is None" and "is None, expected"), ("\udcff\0", "is None, expected"),
-    ("5", "is None, expected"), ("[1, 2, 3]", "is None, expected"),
-    ("[" * 5000, "is None, expected"), ("[" * 500 + "]" * 500, "is None, expected"),
-    (json.dumps([{"loss": 1, "examples": 9}, [[f"n{i}", "torch.float32", [1]]
-                                              for i in range(100_000)]]), "is None, expected"),
-    (json.dumps([{"loss": 1, "examples": 9}, [["a\nround 9: \x1b[2J", "torch.float32", [1]]]]),
-     "is None, expected"),
-    ({"loss": "L"}, "its loss is"), ({"loss": 10**400}, "its loss is 1000"),
-    ({"loss": True}, "its loss is"), ({"examples": 10**400}, "it claims 1000"),
-    ({"examples": 0}, "it claims 0"), ({"examples": 1.5}, "it claims 1.5")]
+def nested(depth: int) -> list:
+    return [nested(depth - 1)] if depth else []
 
 
-def nested(depth: int, value=0):
-    for _ in range(depth):
-        value = [value]
-    return value
+def header_with(*names) -> str:
+    """Claimed numbers that are fine, and these tensors."""
+    header = [[name, "torch.float32", [1]] for name in names]
+    return json.dumps([{"loss": 1, "examples": 9}, header])
+
+
+NOTHING = "is None, expected (torch.float32"                # not even a header
+BAD_MESSAGES = [        # of rank 2, round by round: (what it posts or claims, what is said of it)
+    ("no JSON", NOTHING), ("\udcff\0", NOTHING), ("5", NOTHING), ("[1, 2, 3]", NOTHING),
+    ("[" * 5000, NOTHING), ("[" * 500 + "]" * 500, NOTHING), ("[{}, {}]", NOTHING),
+    (header_with(*map(str, range(100_000))), NOTHING), ("[" + "9" * 5000 + ", []]", NOTHING),
+    (header_with("a\nround 99, client 0: \x1b[2J"), r"'a\nround 99"),
+    ({"loss": "L"}, "its loss is"), ({"loss": 10**400}, "its loss is"),
+    ({"loss": True}, "its loss is"), ({"loss": nested(600)}, "its loss is"),
+    ({"examples": 10**400}, "it claims"), ({"examples": 0}, "it claims 0"),
+    ({"examples": 1.5}, "it claims"), ({"examples": nested(600)}, "it claims")]
 
 
 def second_client_talks_nonsense():
     original, rounds = torchrun.Processes.post, iter(BAD_MESSAGES)
 
     def post(self, rank, message, payload):
-        if not isinstance(message, dict):                   # not what comes with an upload
-            return original(self, rank, message, payload)
-        bad, _ = next(rounds)
+        upload = isinstance(message, dict)                  # else the greeting
+        bad = next(rounds)[0] if upload else "[7, []]"
         if isinstance(bad, dict):
             return original(self, rank, message | bad, payload)
         self.store.set(f"{self.rank} to {rank}", bad.encode("utf-8", "surrogateescape"))
@@ -327,8 +329,8 @@ def second_client_talks_nonsense():
 
 
 def test_a_message_that_is_none_costs_its_client_the_round():
-    # kills: json.loads unguarded; a header's length, a loss or a number of examples believed; what
-    # a client wrote printed as it is
+    # kills: json.loads unguarded; a greeting unpacked; a header's length, a loss or a number of
+    # examples believed; what a client wrote printed as it is, or in full
     with folder() as path:
         flags = small_run(path) + ["--rounds", len(BAD_MESSAGES), "--local-steps", 1]
         statuses, texts = ranks(path, 4, *flags, "--out", path / "run",
