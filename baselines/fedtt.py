@@ -143,8 +143,8 @@ class Client(fedavg.Client):
         """AdamW on this round's cores, from what the server last sent."""
         self.held |= {name: p.clone() for name, p in payload.items() if name != "all"}
         if "all" in payload and fingerprint(self.held).cpu() != payload["all"].cpu():
-            raise UserError(f"round {t + 1}, client {m}: lacks what an earlier round sent; start it "
-                            f"from a new bootstrap")
+            raise UserError(f"round {t + 1}, client {m}: lacks what an earlier round sent; start "
+                            f"it from a new bootstrap")
         self.tuned = active(self.received, t, self.cfg)
         for name, p in self.received.items():
             p.requires_grad_(name in self.tuned)

@@ -48,7 +48,7 @@ def decode(args) -> list[dict]:
         prompts = torch.randint(3, vocab, (batch, prompt), generator=g).tolist()
 
         def text(n, prompts=prompts):
-            return generate(lm, prompts, n, -1, len(prompts))          # no piece is -1: no early end
+            return generate(lm, prompts, n, -1, len(prompts))     # no piece is -1: no early end
         text(2)
         first, whole = (min(timed(lambda n=n: text(n), args.device) for _ in range(args.rounds))
                         for n in (1, 1 + steps))
@@ -90,7 +90,7 @@ def reads(args) -> list[dict]:
         for name, work in (("a client's round", lambda: client.update(0, sent, given, 0)),
                            ("an alignment", lambda: server.align(1, n)),
                            ("decoding", lambda: generate(server.full, prompts, n, -1, 8))):
-            work()                                                      # what starts once starts now
+            work()                                              # what starts once starts now
             rows.append({"what": name, "steps": n, "host reads": count_reads(work)})
     return rows
 

@@ -1,4 +1,4 @@
-"""A partition by label: Rosetta's programming languages, Dolly's categories (paper, section 4.1)."""
+"""A partition by label: Rosetta's programming languages, Dolly's categories (section 4.1)."""
 import sys
 
 
