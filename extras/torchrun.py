@@ -13,19 +13,22 @@ import secrets
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Shard, digest_of, make_shards, training_examples
-from eval import flag
+from eval import BUNDLED_DATA, flag
 from fedbiot import Payload, misfit, payload_bytes
 from model import ModelConfig, UserError, load_tokenizer
 from train import FREE, as_json, method_of
 
 DTYPES = {str(d): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.int32,
                               torch.int64, torch.uint8, torch.bool)}
+OWN_FILES = {"gsm8k": "gsm8k/train.jsonl", "rosetta": "rosetta/rosetta_alpaca.json",
+             "dolly": "dolly/databricks-dolly-15k.jsonl"}      # what a client itself must bring
 LONGEST = 2**20             # characters of a message; the header of a 7B bootstrap has 30,000
 
 
@@ -139,7 +142,9 @@ class Processes:
             os.environ["LOCAL_WORLD_SIZE"])
         self.travel(device, own_gpu)
         for rank in range(1, self.world):
-            self.post(rank, [as_json(cfg), own_gpu, known], bootstrap)
+            names = "training data", f"training data of client {rank - 1}"      # not the others'
+            own = {name: known[name] for name in names if name in known}
+            self.post(rank, [as_json(cfg), own_gpu, own], bootstrap)
             self.send(rank, bootstrap)
         for rank in range(1, self.world):
             match self.wait(rank)[0]:
@@ -241,6 +246,10 @@ class Processes:
             return "training data", make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients,
                                                 cfg.max_len, cfg.seed, cfg.validate,
                                                 cfg.strip_annotations)
+        path = Path(cfg.data_dir) / OWN_FILES.get(cfg.task, "")
+        if not os.path.exists(path) or cfg.data_dir == str(BUNDLED_DATA):       # no download here
+            raise UserError(f"--own-data: expected this client's own training data, found none at "
+                            f"{path}; name its folder with --data-dir")
         own = Shard(training_examples(cfg.task, cfg.data_dir, tokenizer, cfg.max_len,
                                       cfg.validate, cfg.strip_annotations))
         shards = [None] * cfg.clients
