@@ -85,7 +85,7 @@ def parse_args():
     if "--" in ours:
         ours, theirs = ours[:ours.index("--")], ours[ours.index("--") + 1:]
     args = parser.parse_args(ours)
-    args.flags, (cfg, _) = theirs, train.parse(theirs)
+    args.flags, cfg = theirs, train.parse(theirs)
     args.dropouts = args.dropouts or (["0.5"] if args.ablations else ["0.2", "0.5"])
     args.bundled = cfg.ckpt == str(BUNDLED_CKPT)
     args.aligns_weights = cfg.align_init_on == "weights"
@@ -318,7 +318,7 @@ def client_memory_part(spec: str, flags: list[str]):
     from model import load
     torch.set_num_threads(1)
     part, folder = spec.split(":", 1)
-    cfg = replace(train.parse(flags)[0], align_init=2, local_steps=5)
+    cfg = replace(train.parse(flags), align_init=2, local_steps=5)
     full, tokenizer = load(cfg.ckpt)
     path, method = Path(folder) / "payloads.pt", train.method_of(cfg.method)
     if part == "server":

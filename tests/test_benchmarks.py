@@ -44,3 +44,18 @@ def test_a_log_becomes_tensorboard_events():
         board.Reload()
         events = [(e.step, e.value) for e in board.Scalars("client_loss")]
         assert events == [(1, 2.0), (2, 1.0)] and len(board.Scalars("adapfu")) == 1
+
+
+def test_the_comparison_runs_a_cell_and_prints_its_row():
+    # kills: train.parse read as a pair; a finished run that is run again
+    with folder() as path:
+        command = [sys.executable, HERE / "benchmarks" / "compare.py", "--methods", "fedbiot",
+                   "--dropouts", "0.5", "--adapters", "2", "--seeds", "0", "--lr", "0.01",
+                   "--jobs", "1", "--out", path, "--", "--rounds", "1", "--align-init", "0",
+                   "--eval-limit", "2", "--align-init-on", "lora"]
+        for _ in range(2):
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+        row, = (line for line in done.stdout.splitlines() if line.startswith("| fedbiot"))
+        assert row.startswith("| fedbiot | 0.5 | 2 | 0.01 | 0 |") and "not run" not in row
+        logged, = path.glob("fedbiot*seed0.out")
+        assert logged.read_text().count("round 1 |") == 1
