@@ -1,8 +1,4 @@
-"""Data: prompts, masks, tasks and their partitions, the public set, batches.
-
-In order: files; TASKS (one line a task); examples (token ids and where the answer begins);
-partition; Batch and Shard (what a client, or the server, draws its batches from). FedBiOT section
-4.1; Stanford Alpaca's prompt template.
+"""Data: prompts, masks, tasks and their partitions, the public set, batches. FedBiOT section 4.1.
 
     shards = make_shards("gsm8k", "tiny/data", tokenizer, clients=3, max_len=256, seed=0)
 """
@@ -24,13 +20,13 @@ from model import UserError, clean_text, expecting, parse_json, read_bytes, room
 
 # ---- files --------------------------------------------------------------------------------------
 
-LARGEST = 2**31         # bytes of a data file once unpacked: more is no data set but a gzip bomb
+LARGEST = 2**31  # bytes of a data file once unpacked: more is no data set but a gzip bomb
 
 def find_file(data_dir, name: str) -> Path:
     """data_dir/name. What the user placed is used as it is; what is missing is downloaded once."""
     path = Path(data_dir) / name
     if not os.path.exists(path):
-        room("extras.download").fetch(path, name)           # pinned commits, checked, renamed
+        room("extras.download").fetch(path, name)  # pinned commits, checked, renamed
     return path
 
 def read_rows(path: Path) -> list[dict]:
@@ -44,7 +40,7 @@ def read_rows(path: Path) -> list[dict]:
         text = blob.decode()
     if name.endswith(".json"):
         rows = parse_json(text, path)
-        rows = rows.get("data", rows) if isinstance(rows, dict) else rows   # SQuAD's form, QuAC's
+        rows = rows.get("data", rows) if isinstance(rows, dict) else rows  # SQuAD's form, QuAC's
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a JSON array, found {type(rows).__name__}")
     else:
@@ -73,7 +69,7 @@ class Row(NamedTuple):
     instruction: str
     input: str
     output: str
-    label: str = ""             # what a task is partitioned by; "": i.i.d.
+    label: str = ""  # what a task is partitioned by; "": i.i.d.
 
 PREAMBLE = ("Below is an instruction that describes a task{}. Write a response that appropriately "
             "completes the request.\n\n### Instruction:\n{}\n\n")
@@ -113,10 +109,10 @@ def make_examples(rows: list[Row], tokenizer, max_len: int, what: str) -> list[E
     boundary is exact. A row whose prompt alone fills max_len would have no target: it is dropped,
     and the number of those printed."""
     examples = []
-    for start in range(0, len(rows), 4096):                 # a few at a time: the lists are large
+    for start in range(0, len(rows), 4096):  # a few at a time: the lists are large
         part = rows[start:start + 4096]
-        prompts = tokenizer.encode_all([prompt_of(row.instruction, row.input) for row in part])
-        answers = tokenizer.encode_all([row.output for row in part])
+        prompts = tokenizer.encode([prompt_of(row.instruction, row.input) for row in part])
+        answers = tokenizer.encode([row.output for row in part])
         for row, prompt, answer in zip(part, prompts, answers):
             if len(prompt) + 1 < max_len:
                 ids = [tokenizer.bos, *prompt, *answer, tokenizer.eos][:max_len]
@@ -141,7 +137,7 @@ def partition(labels: list[str], clients: int, seed: int) -> list[list[int]]:
                         f"choose 1..{len(labels)}")
     order = list(range(len(labels)))
     random.Random(seed).shuffle(order)
-    if len(set(labels)) > 1:                            # Rosetta's languages, Dolly's categories
+    if len(set(labels)) > 1:  # Rosetta's languages, Dolly's categories
         return room("tasks.partition").by_label(labels, order, clients)
     return [chunk.tolist() for chunk in np.array_split(order, clients)]
 
@@ -159,7 +155,7 @@ class Batch(NamedTuple):
         return Batch(*(t.to(device, non_blocking=True) for t in self))
 
 def collate(examples: list[Example]) -> Batch:
-    width = max(len(e.ids) for e in examples) - 1           # the last token is only a target
+    width = max(len(e.ids) for e in examples) - 1  # the last token is only a target
     tokens = torch.zeros(len(examples), width, dtype=torch.int64)
     rows, targets = [], []
     for b, e in enumerate(examples):
@@ -173,7 +169,6 @@ def collate(examples: list[Example]) -> Batch:
 
 class Shard:
     """One owner's examples: a view (an index list) of the examples that all shards share."""
-
     def __init__(self, examples: list[Example], indices: list[int] | None = None):
         self.examples = examples
         self.indices = list(range(len(examples))) if indices is None else indices

@@ -1,8 +1,5 @@
-"""Evaluation of a finished run, a checkpoint, or a file of predictions.
-
-In order: flags (a dataclass's fields are flags, checked in one place, for train.py too); the
-machine; GSM8K; evaluate (any task: the others stand in tasks/); a finished run's models; the
-command line. FedBiOT section 4.1, Appendix A.
+"""Evaluation of a finished run, a checkpoint, or a file of predictions: FedBiOT section 4.1,
+Appendix A. (The tasks other than GSM8K stand in tasks/.)
 
     python eval.py --run runs/gsm8k-fedbiot-b0.2-s2-seed0 --model adapfu
     python eval.py --ckpt llama-2-7b --data-dir data --task dolly --limit 200
@@ -19,7 +16,7 @@ from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
-if __name__ == "__main__":      # Ctrl-C is one line also while PyTorch is imported
+if __name__ == "__main__":  # Ctrl-C is one line also while PyTorch is imported
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped by Ctrl-C\n"), os._exit(130)))
 
 import torch
@@ -38,15 +35,15 @@ BUNDLED = {"rounds": 5, "lr": 3e-3, "server_lr": 2e-3, "align_init_on": "weights
 
 class Parser(argparse.ArgumentParser):
     """One flag a field; a flag that was not given is absent from the result."""
-
     def __init__(self, description: str, *configs: type, **extra):
         super().__init__(description=description, allow_abbrev=False, **extra,
                          argument_default=argparse.SUPPRESS,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         for f in (f for config in configs for f in fields(config)):
             choices, kind = f.metadata.get("choices"), kind_of(f)
-            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
-                "type": share if kind is Fraction else kind, "choices": choices, "metavar": "X"}
+            how = {"type": share if kind is Fraction else kind, "choices": choices, "metavar": "X"}
+            if kind is bool:
+                how = {"action": argparse.BooleanOptionalAction}
             text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
             text += "" if f.default in (None, False) else f" ({f.default})"
             flags = f.metadata.get("flags", [flag(f.name)])
@@ -67,7 +64,7 @@ def share(text: str) -> Fraction:
     try:
         float(value := Fraction(text))
     except ArithmeticError:
-        raise ValueError(text) from None                    # argparse makes one line of it
+        raise ValueError(text) from None  # argparse makes one line of it
     return value
 
 def checked(config: type, values: dict):
@@ -76,17 +73,17 @@ def checked(config: type, values: dict):
     for name, value in values.items():
         if name not in known:
             raise UserError(f"{flag(str(name)[:80])}: no such setting")
-        f, kind = known[name], kind_of(known[name])
+        f, kind, expected = known[name], kind_of(known[name]), ""
+        choices = f.metadata.get("choices", (value,))
         least, most = f.metadata.get("least", 0), f.metadata.get("most", 10**9)
-        expected = ""
         if value is None and "None" in str(f.type):
-            pass
-        elif type(value) is not kind and not (kind is float and type(value) is int):
+            continue
+        if type(value) is not kind and not (kind is float and type(value) is int):
             expected = kind.__name__
-        elif value not in f.metadata.get("choices", (value,)):
-            expected = f"one of {', '.join(f.metadata['choices'])}"
+        elif value not in choices:
+            expected = f"one of {', '.join(choices)}"
         elif value == "":
-            expected = "a text, and this is an empty one (of a shell variable that is not set?)"
+            expected = "a text, this is an empty one (an unset shell variable?)"
         elif kind in (int, float) and not least <= value <= most:
             expected = f"a number from {least} to {most:,}"
         if expected:
@@ -140,7 +137,7 @@ NUMBER = re.compile(rf"(?:(?<![\w)])-)?\$?(?:(?:{GROUPED}|[0-9]+)(?:\.[0-9]+)?|\
 
 def numbers(text: str) -> list[Decimal]:
     """Every number of a text, exactly; group separators, `$`, `%`, a final dot do not matter."""
-    found = NUMBER.findall(text.replace("\u2212", "-"))                         # the minus sign
+    found = NUMBER.findall(text.replace("\u2212", "-"))  # the minus sign
     return [Decimal(re.sub("[,$\u00a0\u2009\u202f]", "", n)) for n in found]
 
 def extract_number(text: str) -> Decimal | None:
@@ -166,21 +163,26 @@ def read_gold(cfg: EvalConfig) -> tuple[list[str], list[Decimal]]:
     for i, (_, answer) in enumerate(pairs, 1):
         found = numbers(answer.rpartition("####")[2])
         if "####" not in answer or not found:
-            raise UserError(f"{cfg.data_dir}/gsm8k/{split}.jsonl, row {i}: expected an answer that "
-                            f"ends in #### and a number, found {answer[-40:]!r}")
+            raise UserError(f"{cfg.data_dir}/gsm8k/{split}.jsonl, row {i}: expected an "
+                            f"answer that ends in #### and a number, found {answer[-40:]!r}")
         gold.append(found[0])
     return [question for question, _ in pairs], gold
 
 def prepare(cfg: EvalConfig) -> list[Path]:
     """Reads what `score` will need, so that a mistake ends before any training; its files."""
-    read_gold(cfg), cfg.shots and room("tasks.gsm8k").worked_examples(cfg.shots)
-    return [Path(cfg.data_dir) / "gsm8k" / ("train.jsonl" if cfg.validate else "test.jsonl")]
+    read_gold(cfg)
+    if cfg.shots:
+        room("tasks.gsm8k").worked_examples(cfg.shots)
+    split = "train" if cfg.validate else "test"
+    return [Path(cfg.data_dir) / "gsm8k" / f"{split}.jsonl"]
 
 def score(lm: LM, tokenizer, cfg: EvalConfig, progress: str) -> dict:
     """Greedy chain of thought. Without shots the prompt is the training template's."""
     questions, gold = (part[-cfg.validate:][:cfg.eval_limit or None] for part in read_gold(cfg))
-    head = room("tasks.gsm8k").worked_examples(cfg.shots) if cfg.shots else ""
-    prompts = [f"{head}Q: {q}\nA:" if cfg.shots else prompt_of(q) for q in questions]
+    prompts = [prompt_of(question) for question in questions]
+    if cfg.shots:
+        head = room("tasks.gsm8k").worked_examples(cfg.shots)
+        prompts = [f"{head}Q: {question}\nA:" for question in questions]
     ids = [[tokenizer.bos] + tokenizer.encode(prompt) for prompt in prompts]
     texts = generate(lm, ids, cfg.max_new_tokens or 256, tokenizer.ends, cfg.eval_batch,
                      progress=progress)
@@ -204,7 +206,7 @@ def restore(server, state: dict, folder: Path):
 
 def models_of_run(folder: Path, device, dtype) -> tuple[dict, object, object]:
     """(models by name, tokenizer, configuration) of a finished run."""
-    from train import method_of, read_run                   # here: train.py imports this module
+    from train import method_of, read_run  # here: train.py imports this module
     cfg = read_run(folder)
     full, tokenizer = load(cfg.ckpt, dtype=dtype, device=device)
     server = method_of(cfg.method).Server(full, None, cfg)
@@ -227,9 +229,9 @@ class Command(EvalConfig):
     json: bool = option(False, "print one JSON object")
 
 def main_guard(main):
-    """Runs `main`; a user's mistake ends in one line and status 2, Ctrl-C likewise and 130."""
+    """Runs `main`: a user's mistake ends in one line and status 2, Ctrl-C in one and 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")                # a terminal may know ASCII alone
+    sys.stdout.reconfigure(errors="replace")  # a terminal may know ASCII alone
     try:
         sys.exit(main())
     except UserError as error:
@@ -244,7 +246,7 @@ def complete(lm: LM, tokenizer, args: Command) -> str:
     prompt = [tokenizer.bos] + tokenizer.encode(clean_text(args.prompt))
     ids = generate(lm, [prompt], args.max_new_tokens or 64, tokenizer.ends)[0]
     text, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + ids)
-    return whole[len(text):]                # decoded together: the first piece keeps its space
+    return whole[len(text):]  # decoded together: the first piece keeps its space
 
 def main(argv=None) -> int:
     given, cfg = vars(Parser(__doc__, Command).parse_args(argv)), None
@@ -257,7 +259,8 @@ def main(argv=None) -> int:
     device = pick_device(args.device)
     dtype = None if args.export and args.dtype == "auto" else pick_dtype(args.dtype, device)
     suggested = {"task": "gsm8k", "ckpt": str(BUNDLED_CKPT), "data_dir": str(BUNDLED_DATA)}
-    suggested |= {} if args.ckpt else {name: BUNDLED[name] for name in ("shots", "samples")}
+    if not args.ckpt:
+        suggested |= {name: BUNDLED[name] for name in ("shots", "samples")}
     if args.run:
         models, tokenizer, cfg = models_of_run(Path(args.run), device, dtype)
         if args.model not in models:

@@ -30,8 +30,8 @@ from lora import add_lora, copy_into, lora_tensors
 from model import LM, ModelConfig, UserError
 
 Payload = dict[str, Tensor]
-SERVER = 1 << 20            # the server's number in random keys (seed, round, client)
-MOST_EXAMPLES, MOST_LOSS = 10**9, 1e6       # that a client may report
+SERVER = 1 << 20  # the server's number in random keys (seed, round, client)
+MOST_EXAMPLES, MOST_LOSS = 10**9, 1e6  # that a client may report
 
 def option(default, text, **extra):
     return field(default=default, metadata={"help": text, **extra})
@@ -48,8 +48,8 @@ class Config:
     align_steps: int = option(10, "alignment steps between rounds (E)")
     # DIFFERS: section 3.1 and Eq. 5 tune all weights of E before round 1, section 4.1 and the
     # authors' code its LoRA alone. Both readings are here.
-    align_init_on: str = option("lora", "what they tune; Eq. 5 on weights needs 16 bytes for each "
-                                "of E; bundled model weights", choices=("weights", "lora"))
+    align_init_on: str = option("lora", "what they tune; of all weights (Eq. 5) each needs 16 "
+                                "bytes; bundled model weights", choices=("weights", "lora"))
     # PAPER SILENT: the learning rate of the alignment, its warm-up and its decay.
     align_init_lr: float = option(1e-3, "peak learning rate of --align-init-on weights")
     server_lr: float = option(1e-4, "learning rate of E's LoRA; bundled model 2e-3")
@@ -78,7 +78,7 @@ def layer_extract(n: int, s: int, beta: Fraction) -> tuple[list[int], list[int]]
     """
     if not 1 <= s < n:
         raise UserError(f"--adapter {s}: the model has {n} layers, so choose 1..{n - 1}")
-    kept = int((1 - Fraction(beta)) * (n - s))                          # floor: both are >= 0
+    kept = int((1 - Fraction(beta)) * (n - s))  # floor: both are >= 0
     if beta < 0 or kept < 1:
         raise UserError(f"--dropout {float(beta):g}: leaves {kept} of the {n - s} layers below the "
                         f"adapter; choose 0..{float(1 - Fraction(1, n - s)):.4g}")
@@ -131,7 +131,7 @@ def kl_rows(t: Tensor, delta: Tensor, careful: bool) -> tuple[Tensor, Tensor]:
     top = s.amax(-1, keepdim=True)
     p_t, p_s = torch.softmax(t, -1, out=t), torch.softmax(s, -1, out=s)
     c = top - p_s.amax(-1, keepdim=True).log() + p_t.amax(-1, keepdim=True).log()
-    if not careful:                                         # a bf16 gradient has no use for them
+    if not careful:  # a bf16 gradient has no use for them
         return c - delta.mul_(p_t).sum(-1, keepdim=True), p_s.sub_(p_t)
     kl = c - (delta * p_t).sum(-1, keepdim=True)
     gradient = p_s.add_(p_t).mul_(delta.sub_(c).mul_(0.5).tanh_())
@@ -141,17 +141,16 @@ def kl_rows(t: Tensor, delta: Tensor, careful: bool) -> tuple[Tensor, Tensor]:
 class FusedLoss(torch.autograd.Function):
     """sum_i w_i l_i and its gradient for h, chunk by chunk. `chunk_loss(rows, w)` gives a chunk's
     sum and the gradient (n, V) of its unweighted losses for its logits."""
-
     @staticmethod
     def forward(ctx, h, W, weights, needs_grad, chunk_loss):
         loss, dh = weights.new_zeros(()), torch.empty_like(h) if needs_grad else None
         for rows in chunks(h, W):
-            w = weights[rows, None]                                     # (n, 1)
+            w = weights[rows, None]  # (n, 1)
             part, dz = chunk_loss(rows, w)
             loss += part
             if needs_grad:
                 dh[rows] = w * (dz.to(W.dtype) @ W)
-            del dz                                              # before the next chunk's is made
+            del dz  # before the next chunk's is made
         ctx.save_for_backward(dh)
         return loss
 
@@ -166,7 +165,7 @@ def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor)
     int64, weights (N,) fp32; a row of weight 0 is ignored, whatever it holds.
     """
     def chunk_loss(rows, w):
-        total, logits = 0.0, project(torch.where(w != 0, h[rows], 0), W)        # (n, V)
+        total, logits = 0.0, project(torch.where(w != 0, h[rows], 0), W)  # (n, V)
         for z, y, w_z in slices(logits, targets[rows, None], w):
             each, gradient = cross_entropy_rows(z.float(), y)
             total = total + (w_z * each).sum()
@@ -185,7 +184,7 @@ def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor) 
     def chunk_loss(rows, w):
         total, h_t = 0.0, torch.where(w != 0, h_teacher[rows], 0)
         apart = torch.where(w != 0, h_student[rows], 0).float() - h_t.float()
-        teacher, apart = project(h_t, W), project(apart.to(W.dtype), W)         # (n, V), logits
+        teacher, apart = project(h_t, W), project(apart.to(W.dtype), W)  # (n, V), logits
         for t, delta, w_t in slices(teacher, apart, w):
             each, gradient = kl_rows(t.float(), delta.float(), W.dtype == torch.float32)
             total = total + (w_t * each).sum()
@@ -202,7 +201,7 @@ def proximal(pairs, scale: float) -> Tensor:
     """
     total = 0.0
     for B, A, B0, A0 in pairs:
-        L, R = torch.cat((B - B0, B0), 1), torch.cat((A, A - A0), 0)    # (d_out, 2r), (2r, d_in)
+        L, R = torch.cat((B - B0, B0), 1), torch.cat((A, A - A0), 0)  # (d_out, 2r), (2r, d_in)
         total = total + ((L.T @ L) * (R @ R.T)).sum()
     return scale**2 * total
 
@@ -228,26 +227,26 @@ def weights_of(lm: LM) -> Payload:
 def lm_from(payload: Payload, device="cpu") -> LM:
     """The model that `weights_of` described, around the payload's tensors: they are not copied."""
     config = ModelConfig(**json.loads(bytes(payload["config"].tolist())))
+    layers = {int(name.split(".")[1]) for name in payload if name.startswith("layers.")}
     with torch.device("meta"):
-        lm = LM.empty(config, {int(n.split(".")[1]) for n in payload if n.startswith("layers.")})
+        lm = LM.empty(config, layers)
     return lm.take({name: payload[name].to(device) for name in lm.state_dict() if name in payload})
 
 class Server:
     """Owns the whole LLM and the public data; clients get the emulator and the adapter."""
-
     no_use = frozenset()                        # shared flags that mean nothing to the method
     Flags = Config                              # a dataclass: the method's own flags, if any
     period = 1                                  # rounds after which the sizes of payloads repeat
     emulator: Payload = {}                      # the weights that Eq. 5 trained, by name
 
-    defaults = staticmethod(lambda method, bundled: {})     # its own values of shared flags
+    defaults = staticmethod(lambda method, bundled: {})  # its own values of shared flags
     split = staticmethod(lambda n, cfg: layer_extract(n, cfg.adapter, cfg.dropout))
 
     def __init__(self, full: LM, public, cfg):
         self.full, self.public, self.cfg, self.measured = full, public, cfg, {}
         self.kept, self.adapter = self.split(full.config.n_layers, cfg)
-        self.cut = self.adapter[-cfg.adapter]                       # the first layer on top of E
-        compressed = full.with_layers({i: full.layers[str(i)] for i in self.kept + self.adapter})
+        self.cut = self.adapter[-cfg.adapter]  # the first layer on top of E
+        compressed = full.only(self.kept + self.adapter)
         rng = generator(cfg.seed, 0, SERVER)
         self.student = add_lora(compressed, cfg.rank, cfg.alpha, rng).requires_grad_(False)
         if cfg.align_init_on == "weights":
@@ -257,9 +256,8 @@ class Server:
         self.tuned = lora_tensors(self.student, self.adapter)           # LoRA of A: averaged here
         for p in self.emulated.values():
             p.requires_grad_()
-        layers = {int(i): block for i, block in full.layers.items()}
-        layers |= {i: self.student.layers[str(i)] for i in self.adapter}
-        self.teacher = full.with_layers(layers)                         # E* and A
+        adapter = {str(i): self.student.layers[str(i)] for i in self.adapter}
+        self.teacher = full.with_layers({**full.layers, **adapter})  # E* and A
         # PAPER SILENT: whether its state lives on between rounds. It does, unless --align-renew.
         self.optimizer = torch.optim.AdamW(self.emulated.values(), cfg.server_lr, (0.9, 0.95))
 
@@ -276,7 +274,7 @@ class Server:
         layer of the original's below the adapter (section 2.2)."""
         if not self.aligned:
             self.align_weights(self.cfg.align_init)
-        return weights_of(self.student)                                 # ABLATE: what is shipped
+        return weights_of(self.student)  # ABLATE: what is shipped
 
     def broadcast(self, t: int) -> Payload:
         """Lines 3-7: re-align E with E*, then send the LoRA of E and A.
@@ -285,7 +283,7 @@ class Server:
         """
         init = self.cfg.align_init if self.cfg.align_init_on == "lora" else 0
         self.align(t, self.cfg.align_steps if t else init)
-        return detached(self.emulated | self.tuned)                     # ABLATE: what is shipped
+        return detached(self.emulated | self.tuned)  # ABLATE: what is shipped
 
     def align(self, t: int, steps: int):
         """Eq. 7: AdamW on the LoRA of E; the current adapter sits frozen in both models."""
@@ -320,7 +318,8 @@ class Server:
     def descend(self, t: int, steps: int, optimizer, schedule=None):
         """`steps` steps of `optimizer` on the alignment's losses, on batches of the public data."""
         cfg, losses, device = self.cfg, [], self.full.output.weight.device
-        batches = self.public.batches(steps, cfg.batch_size, (cfg.seed, t, SERVER)) if steps else ()
+        key = cfg.seed, t, SERVER
+        batches = self.public.batches(steps, cfg.batch_size, key) if steps else ()
         for batch in tqdm(batches, "align", steps, leave=False, disable=None):
             terms = self.alignment_losses(batch.to(device))
             optimizer.zero_grad()
@@ -329,12 +328,12 @@ class Server:
             if schedule:
                 schedule.step()
             losses.append(torch.stack([value.detach() for _, value in terms.values()]))
-        if losses:                                                      # mean of the last ten steps
+        if losses:  # mean of the last ten steps
             means = torch.stack(losses[-10:]).mean(0).tolist()
             self.measured = {f"align_{name}": value for name, value in zip(terms, means)}
             if not all(map(math.isfinite, means)):
-                raise UserError(f"round {t + 1}: the alignment's losses are {means}; try a smaller "
-                                f"--server-lr or --align-init-lr")
+                raise UserError(f"round {t + 1}: the alignment's losses are {means}; try a "
+                                f"smaller --server-lr or --align-init-lr")
 
     def alignment_losses(self, batch) -> dict[str, tuple[float, Tensor]]:
         """Name: (weight, value) of Eq. 3, ||E(x) - E*(x)||^2, and of Eq. 4, KL(teacher || student);
@@ -351,7 +350,7 @@ class Server:
         W = self.full.output.weight
         with torch.no_grad():
             target, h_teacher = self.teacher.hidden(batch.tokens, rows=rows, tap=self.cut)
-        mixed = not self.aligned and W.dtype != torch.float32       # fp32 weights of E in Eq. 5
+        mixed = not self.aligned and W.dtype != torch.float32  # fp32 weights of E in Eq. 5
         with torch.autocast(W.device.type, W.dtype, enabled=mixed):
             entered, h_student = self.student.hidden(batch.tokens, rows=rows, tap=self.cut)
         l2 = (weights * (entered.float() - target.float()).square().sum(-1)).sum()
@@ -392,7 +391,6 @@ class Server:
 
 class Client:
     """Knows what it was handed: E and A. It keeps nothing of its own between rounds."""
-
     def __init__(self, bootstrap: Payload, cfg, device="cpu"):
         self.cfg = cfg
         lm = lm_from(bootstrap, device)
@@ -408,10 +406,11 @@ class Client:
         """Lines 8-15: K steps of AdamW on Eq. 6 over the LoRA of A; the upload, and F_m's mean.
         Nothing below the adapter needs a gradient, so autograd keeps no activation of E."""
         cfg, losses = self.cfg, []
-        copy_into(self.received, payload)                                               # Eq. 8
+        copy_into(self.received, payload)  # Eq. 8
         sent = {name: p.detach().clone() for name, p in self.tuned.items()}
         stems = [name.removesuffix("A") for name in sent if name.endswith("lora_A")]
-        pairs = [(*(self.tuned[s + x] for x in "BA"), *(sent[s + x] for x in "BA")) for s in stems]
+        pairs = [(self.tuned[s + "B"], self.tuned[s + "A"], sent[s + "B"], sent[s + "A"])
+                 for s in stems]
         # PAPER SILENT: whether its state lives on. It does not: a client keeps nothing.
         optimizer = torch.optim.AdamW(self.tuned.values(), lr=cfg.lr, betas=(0.9, 0.95))
         for batch in examples.batches(cfg.local_steps, cfg.batch_size, (cfg.seed, t, m)):
@@ -420,14 +419,14 @@ class Client:
             if cfg.prox:
                 loss = loss + cfg.prox / 2 * proximal(pairs, cfg.alpha / cfg.rank)
             optimizer.zero_grad()
-            loss.backward()                                                             # Eq. 9
-            optimizer.step()                                                            # Eq. 10
+            loss.backward()   # Eq. 9
+            optimizer.step()  # Eq. 10
         upload = {name: p.detach().clone() for name, p in self.tuned.items()}
         return upload, {"loss": torch.stack(losses).mean().item()}
 
     def loss(self, batch) -> Tensor:
         """Eq. 1: F_m, a mean over tokens as in Eq. 3.  ABLATE: the client's loss"""
-        h = self.lm.hidden(batch.tokens, rows=batch.rows)           # (N, D): answer's tokens only
+        h = self.lm.hidden(batch.tokens, rows=batch.rows)  # (N, D): answer's tokens only
         return linear_cross_entropy(h, self.lm.output.weight, batch.targets, batch.weights)
 
     def macs_per_token(self) -> int:
@@ -435,16 +434,15 @@ class Client:
         GFLOP are GMAC): L layers at the client, L_bp of them crossed by the backward pass, P a
         layer's matrices and what is tuned in it. Norms, head and attention scores do not count."""
         layers, lowest = self.lm.layers, min(int(name.split(".")[1]) for name in self.tuned)
-        all_of_them = sum(p.numel() for n, p in layers.named_parameters() if "norm" not in n)
+        counted = sum(p.numel() for n, p in layers.named_parameters() if "norm" not in n)
         crossed = sum(int(i) >= lowest for i in layers)
-        return (len(layers) + crossed - 1) * all_of_them // len(layers)
+        return (len(layers) + crossed - 1) * counted // len(layers)
 
 def payload_bytes(payload: Payload) -> int:
     return sum(t.numel() * t.element_size() for t in payload.values())
 
 class Wire:
     """Between server and clients, all in one process, one client after the other."""
-
     def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> tuple:
         """The work of those who were `chosen`: {client: (upload, metrics)}, and the bytes of every
         payload down and up. metrics["examples"] is what p_m of Eq. 2 is made of."""
@@ -466,53 +464,57 @@ def misfit(upload: Payload, expected: Payload) -> str:
     """Why an upload cannot be counted, by its names, shapes and dtypes alone; "": it can."""
     found, wanted = ({name: (t.dtype, [*t.shape]) for name, t in p.items()}
                      for p in (upload, expected))
-    odd = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
-    return f"{odd[0]!r:.80} is {found.get(odd[0])}, expected {wanted.get(odd[0])}" if odd else ""
+    for n in sorted(found.keys() | wanted.keys()):
+        if found.get(n) != wanted.get(n):
+            return f"{n!r:.80} is {found.get(n)}, expected {wanted.get(n)}"
+    return ""
 
 def implausible(metrics: dict) -> str:
     """Why what a client reports cannot be used; "": it can."""
     loss, examples = metrics.get("loss"), metrics.get("examples")
-    if type(loss) not in (int, float) or not abs(loss) <= MOST_LOSS:        # NaN compares false
-        return f"its loss is {loss!r:.40}; try a smaller --lr, or --dtype fp32"
+    if type(loss) not in (int, float) or not abs(loss) <= MOST_LOSS:  # NaN compares false
+        return f"its loss is {loss!r:.40}; try a smaller --lr or --dtype fp32"
     if type(examples) is not int or not 1 <= examples <= MOST_EXAMPLES:
-        return f"it claims {examples!r:.40} examples, expected 1..{MOST_EXAMPLES:,}"
+        return f"it claims {examples!r:.40} examples, not 1..{MOST_EXAMPLES}"
     return ""
 
 def distances(uploads: list[Payload], expected: Payload) -> list[float]:
     """How far every upload is from what was sent, a norm in fp64. The host reads once for all."""
-    floats = [name for name, like in expected.items() if like.is_floating_point()]
-    norms = [torch.stack([(upload[n].to(expected[n].device).double() - expected[n].double())
-                          .square().sum() for n in floats]).sum().sqrt() for upload in uploads]
-    return torch.stack(norms).tolist() if norms else []
+    def distance(upload):
+        apart = (upload[name].to(like.device).double() - like.double()
+                 for name, like in expected.items() if like.is_floating_point())
+        return sum(difference.square().sum() for difference in apart).sqrt()
+    return torch.stack([distance(upload) for upload in uploads]).tolist() if uploads else []
 
 def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[Payload, dict]]:
     """The results that count, and one line for each that does not.
     DIFFERS: the paper averages whatever comes. --max-update-norm 0 leaves sizes alone."""
     reasons = {m: misfit(upload, expected) or implausible(metrics)
                for m, (upload, metrics) in results.items()}
-    fine = [m for m in results if not reasons[m]]
-    norms = dict(zip(fine, distances([results[m][0] for m in fine], expected)))
-    reasons |= {m: "not all of its numbers are finite; try a smaller --lr" for m in fine
-                if not math.isfinite(norms[m])}
-    usual = median_low([norms[m] for m in fine if not reasons[m]] or [0.0])   # of two, the smaller
+    fit = [m for m in results if not reasons[m]]
+    norms = dict(zip(fit, distances([results[m][0] for m in fit], expected)))
+    finite = [norm for norm in norms.values() if math.isfinite(norm)]
+    usual = median_low(finite or [0.0])                         # of two, the smaller
     count = sum(like.numel() for like in expected.values() if like.is_floating_point())
-    bound = cfg.max_update_norm * max(1, 16 / count)**2     # the norm of a few numbers varies a lot
-    for m in fine:
-        if not reasons[m] and 0 < bound * usual < norms[m]:
-            reasons[m] = (f"it moved {norms[m]:.3g}, more than --max-update-norm {bound:g} times "
-                          f"the round's median {usual:.3g}")
+    bound = cfg.max_update_norm * max(1, 16 / count)**2         # few numbers: their norm varies
+    for m, norm in norms.items():
+        if not math.isfinite(norm):
+            reasons[m] = "not all of its numbers are finite; try a smaller --lr"
+        elif 0 < bound * usual < norm:
+            reasons[m] = (f"it moved {norm:.3g}, more than --max-update-norm {bound:g} "
+                          f"times the round's median {usual:.3g}")
     for m in (m for m in results if reasons[m]):
         print(f"round {t + 1}, client {m}: rejected, {reasons[m]}", file=sys.stderr)
     if all(reasons.values()):
-        raise UserError(f"round {t + 1}: no client's upload could be counted, the last one since "
-                        f"{reasons.popitem()[1]}; the last round's state is kept")
+        raise UserError(f"round {t + 1}: no client's upload could be counted, the last one "
+                        f"since {reasons.popitem()[1]}; the last round's state is kept")
     return {m: result for m, result in results.items() if not reasons[m]}
 
 def federate(server, client, shards, cfg, wire, first_round: int = 0):
     """Algorithm 2: yields one record a round. Any Server/Client pair of the protocol will do."""
     for t in range(first_round, cfg.rounds):
         start = time.perf_counter()
-        payload = server.broadcast(t)                       # lines 3-7: align E, send A and E
+        payload = server.broadcast(t)  # lines 3-7: align E, send A and E
         chosen, expected = choose_clients(cfg, len(shards), t), server.expected(t)
         # lines 8-15: K local steps of each
         results, down, up = wire.round(t, payload, client, shards, chosen, expected)
@@ -520,6 +522,9 @@ def federate(server, client, shards, cfg, wire, first_round: int = 0):
         weights = [1.0 if cfg.uniform_weights else float(m["examples"]) for m in metrics]
         # line 16: A <- sum p_m A_m, p_m = |D_m| / |D| as in Eq. 2
         measured = server.aggregate(t, uploads, weights)
-        loss = sum(w * m["loss"] for w, m in zip(weights, metrics)) / sum(weights)
-        yield {"round": t + 1, "client_loss": loss, **measured, "bytes_down": fmean(down),
-               "bytes_up": fmean(up or [0]), "seconds": time.perf_counter() - start}
+        yield {"round": t + 1,
+               "client_loss": fmean((m["loss"] for m in metrics), weights),
+               **measured,
+               "bytes_down": fmean(down),
+               "bytes_up": fmean(up or [0]),
+               "seconds": time.perf_counter() - start}

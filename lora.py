@@ -1,8 +1,4 @@
-"""LoRA by hand (Hu et al. 2021, arXiv 2106.09685): y = W x + (alpha / r) B A x, W frozen.
-
-In order: LoRALinear; twin_blocks, add_lora (an LM around the same frozen tensors, with LoRA on wq
-and wv of every block); lora_tensors (A and B by name); copy_into (load them, strict).
-"""
+"""LoRA by hand (Hu et al. 2021, arXiv 2106.09685): y = W x + (alpha / r) B A x, W frozen."""
 import math
 
 import torch
@@ -13,7 +9,7 @@ from model import LM, Block
 
 # PAPER SILENT: which matrices carry LoRA. 131,072 parameters a layer (Table 5) fit any two square
 # ones; these two are the authors' code's.
-TARGETS = ("wq", "wv")                  # ABLATE: what carries LoRA
+TARGETS = ("wq", "wv")  # ABLATE: what carries LoRA
 
 class LoRALinear(nn.Module):
     """y = W x + (alpha / r) B A x with W frozen. B = 0, so it starts as W.
@@ -24,25 +20,23 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
         d_out, d_in = base.weight.shape
-        self.weight, device = base.weight, base.weight.device       # W: (d_out, d_in), no copy
+        self.weight, device = base.weight, base.weight.device  # W: (d_out, d_in), no copy
         A = nn.init.kaiming_uniform_(torch.empty(rank, d_in), a=math.sqrt(5), generator=generator)
         self.lora_A = nn.Parameter(A.to(device))                                # A: (r, d_in)
         self.lora_B = nn.Parameter(torch.zeros(d_out, rank, device=device))     # B: (d_out, r)
         self.scale = alpha / rank
 
-    def forward(self, x: Tensor) -> Tensor:                         # (..., d_in) -> (..., d_out)
+    def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, A), B)
 
-def twin_blocks(lm: LM) -> dict[int, Block]:
+def twin_blocks(lm: LM) -> dict[str, Block]:
     """New blocks that share `lm`'s frozen tensors, so that LoRA can be put into them without
     changing `lm`."""
-    twins = {}
+    with torch.device("meta"):
+        twins = {i: Block(lm.config).requires_grad_(False) for i in lm.layers}
     for i, block in lm.layers.items():
-        with torch.device("meta"):
-            twins[int(i)] = Block(lm.config)
-        twins[int(i)].load_state_dict(block.state_dict(keep_vars=True), assign=True)
-        twins[int(i)].requires_grad_(False)
+        twins[i].load_state_dict(block.state_dict(keep_vars=True), assign=True)
     return twins
 
 def add_lora(lm: LM, rank: int, alpha: float, generator: torch.Generator) -> LM:

@@ -1,8 +1,6 @@
 """A LLaMA decoder by hand: Touvron et al. 2023 (arXiv 2302.13971, 2307.09288), with Meta's names.
-In order: files; ModelConfig; Attention, Block, LM; Tokenizer, load; generate.
 B sequences, T tokens, D dim, H query heads, G key/value heads, d = D / H, V vocabulary.
 
-    from model import load
     lm, tokenizer = load("tiny/llama")
 """
 import contextlib
@@ -16,7 +14,7 @@ import sys
 import tempfile
 import zipfile
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +24,6 @@ from tqdm import tqdm
 
 class UserError(ValueError):
     """A mistake of the user's, in one line: what was expected, what was found, what to try."""
-
 def room(name: str):
     """A module of a folder beside the core files, which a fork may have deleted."""
     try:
@@ -49,11 +46,11 @@ def expecting(what: str, where):
 def open_file(path):
     """A regular file, open for reading bytes."""
     with expecting("a file that can be read", path):
-        if not stat.S_ISREG(os.stat(path).st_mode):             # open() would wait for a FIFO
+        if not stat.S_ISREG(os.stat(path).st_mode):  # open() would wait for a FIFO
             raise OSError("no regular file")
         file = open(path, "rb")
         if file.peek(24).startswith(b"version https://git-lfs"):
-            raise OSError("a pointer of Git LFS; get the file itself with `git lfs pull`")
+            raise OSError("a pointer of Git LFS; run `git lfs pull`")
         return file
 
 def read_bytes(path, most: int = 2**31) -> bytes:
@@ -66,7 +63,7 @@ def parse_json(text: str | bytes, where, what: str = "JSON"):
     """One JSON text, without NaN and Infinity; `where` and `what` it is are for the error."""
     with expecting(what, where):
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        return json.loads(text, parse_constant=int)             # int("NaN") is a ValueError
+        return json.loads(text, parse_constant=int)  # int("NaN") is a ValueError
 
 def read_json(path, what: str = "JSON"):
     return parse_json(read_bytes(path, 2**26), path, what)
@@ -85,7 +82,8 @@ def read_pickle(path) -> dict[str, Tensor]:
     tensors = read_saved(path, mapped=True)
     with expecting("a dict of plain tensors by name", path):
         for name, t in tensors.items():
-            if type(name) is not str or t.layout != torch.strided or t.device.type != "cpu":
+            plain = t.layout == torch.strided and t.device.type == "cpu"
+            if type(name) is not str or not plain:
                 raise ValueError(f"{name!r:.80}, {t!r:.80}")
     return tensors
 
@@ -100,9 +98,9 @@ def replacing(path: Path):
         folder = os.open(path.parent, os.O_RDONLY)              # the name must outlive a power cut
         os.fsync(folder)
         os.close(folder)
-    except (OSError, RuntimeError) as error:                    # RuntimeError: torch.save's
-        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', '') or error}); "
-                        f"what was there before is unchanged") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
+        reason = getattr(error, "strerror", "") or error
+        raise UserError(f"{path}: cannot be written ({reason}); it is as before") from None
 
 def write_file(path, fill):
     """`fill(binary file)`, whole or not at all."""
@@ -152,15 +150,17 @@ class ModelConfig:
     hidden_dim: int                # of the feed-forward
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    tied: bool = False             # output.weight is tok_embeddings.weight
+    tied: bool = False  # output.weight is tok_embeddings.weight
 
     def __post_init__(self):
-        kinds = {"tied": [bool], "norm_eps": [int, float], "rope_theta": [int, float]}
-        for name, value in vars(self).items():
-            most = {"n_layers": 2**10, "rope_theta": 1e18}.get(name, 2**22)
-            known = name == "tied" or (name, value) == ("vocab_size", -1)
-            if type(value) not in kinds.get(name, [int]) or not (known or 0 < value <= most):
-                raise UserError(f"{name} {value!r:.80}; a number above 0, up to {most}, was needed")
+        most = {"n_layers": 2**10, "rope_theta": 1e18}
+        for f in fields(self):
+            name, value = f.name, getattr(self, f.name)
+            right = type(value) in ((int, float) if f.type is float else (f.type,))
+            known = f.type is bool or (name, value) == ("vocab_size", -1)
+            if not right or not (known or 0 < value <= most.get(name, 2**22)):
+                raise UserError(f"{name} {value!r:.80}; expected a number above 0, up to "
+                                f"{most.get(name, 2**22)}")
         if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
             raise UserError(f"dim {self.dim}, not a multiple of 2 x n_heads {self.n_heads}, or "
                             f"n_heads not one of n_kv_heads {self.n_kv_heads}")
@@ -172,7 +172,7 @@ class ModelConfig:
     @classmethod
     def read(cls, folder) -> "ModelConfig":
         """Reads `folder`/params.json or config.json; nothing else is opened."""
-        if os.path.isfile(Path(folder) / "config.json"):                    # Hugging Face's
+        if os.path.isfile(Path(folder) / "config.json"):  # Hugging Face's
             return room("extras.huggingface").read_config(Path(folder))
         with expecting("a LLaMA's params.json (Meta) or config.json (Hugging Face)", folder):
             return cls.from_params(read_json(Path(folder) / "params.json"))
@@ -193,19 +193,19 @@ class ModelConfig:
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps), made in fp32 and rounded before the gain, as Meta's code does."""
-    def forward(self, x: Tensor) -> Tensor:                        # (..., D) -> (..., D)
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotary embedding of x (B, T, H, d), Meta's layout: neighbours (2i, 2i+1) are one complex
     number, turned by its position's angle: on the CPU ten times faster than cos and sin apart."""
-    z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))    # (B, T, H, d/2)
+    z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, d/2)
     return torch.view_as_real(z * torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
 
 def remember(cache: Tensor, k: Tensor, v: Tensor, slots, mask):
     """Writes keys and values (B, G, T, d) into a block's cache (2, B, G, S, d) and returns those to
     look at. A slot is an absolute position: a row's new tokens overwrite its prompt's padding."""
-    if slots is None:                                              # the prompts, from slot 0 on
+    if slots is None:  # the prompts, from slot 0 on
         cache[0, :, :, :k.shape[2]], cache[1, :, :, :v.shape[2]] = k, v
         return k, v
     rows = torch.arange(len(slots), device=slots.device)
@@ -227,13 +227,13 @@ class Attention(nn.Module):
         cache, slots, mask = past or (None, None, None)
         if cache is not None:
             k, v = remember(cache, k, v, slots, mask)
-        if mask is None:                                           # q (B, H, T, d), k (B, G, T, d)
+        if mask is None:  # q (B, H, T, d), k (B, G, T, d)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                                enable_gqa=q.shape[1] != k.shape[1])
-        else:   # one token a row: the heads that share a key stand where tokens do, (B, G, H/G, d)
+        else:  # one token a row: the heads that share a key stand where tokens do, (B, G, H/G, d)
             q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)[:, :, None]
-        return self.wo(y.transpose(1, 2).flatten(2))               # (B, T, D)
+        return self.wo(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 class FeedForward(nn.Module):
     def __init__(self, c: ModelConfig):
@@ -243,7 +243,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(c.dim, c.hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))            # SwiGLU
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # SwiGLU
 
 class Block(nn.Module):
     """One pre-norm decoder layer: the unit that FedBiOT drops, freezes, ships and averages.
@@ -268,15 +268,14 @@ class Block(nn.Module):
 class LM(nn.Module):
     """Embeddings, some blocks, final norm and head. `layers` is keyed by the *full* model's layer
     index, so a compressed model's tensors keep the names that they have in the checkpoint."""
-
     def __init__(self, config, layers: dict, tok_embeddings, norm, output, stored=None):
         super().__init__()
         self.config = config
         self.tok_embeddings = tok_embeddings
-        self.layers = nn.ModuleDict({str(i): layers[i] for i in sorted(layers)})
+        self.layers = nn.ModuleDict({str(i): layers[i] for i in sorted(layers, key=int)})
         self.norm = norm
         self.output = output
-        self.stored = stored                # the dtype that the matrices have in the checkpoint
+        self.stored = stored  # the dtype that the matrices have in the checkpoint
 
     @classmethod
     def empty(cls, config: ModelConfig, layer_ids=None) -> "LM":
@@ -295,13 +294,16 @@ class LM(nn.Module):
         """`state`'s tensors in place of its own, made on meta: frozen, and tied ones stay one."""
         state = {name: nn.Parameter(t) for name, t in state.items()}
         if self.config.tied:
-            state["output.weight"] = state["tok_embeddings.weight"]     # shipped and walked once
+            state["output.weight"] = state["tok_embeddings.weight"]  # shipped and walked once
         self.load_state_dict(state, assign=True)
         return self.requires_grad_(False)
 
     def with_layers(self, layers: dict) -> "LM":
         """The same embeddings, norm and head around other blocks. Nothing is copied."""
         return LM(self.config, layers, self.tok_embeddings, self.norm, self.output, self.stored)
+
+    def only(self, layer_ids) -> "LM":
+        return self.with_layers({i: self.layers[str(i)] for i in layer_ids})
 
     def caches(self, batch: int, slots: int) -> list[Tensor]:
         """Room for each block's keys and values, (2, B, G, S, d)."""
@@ -323,14 +325,14 @@ class LM(nn.Module):
         pair of what enters that layer at `rows` and of the above."""
         T, device = tokens.shape[1], tokens.device
         rope = self.rope(torch.arange(T, device=device) if slots is None else slots[:, None])
-        x, *_, last = self.tok_embeddings(tokens), *self.layers         # (B, T, D)
+        x, *_, last = self.tok_embeddings(tokens), *self.layers  # (B, T, D)
         for n, (i, block) in enumerate(self.layers.items()):
             if tap is not None and int(i) == tap:
                 tapped = x if rows is None else x.flatten(0, 1)[rows]
             x = block(x, rope, caches and (caches[n], slots, mask), rows if i == last else None)
         return self.norm(x) if tap is None else (tapped, self.norm(x))
 
-    def forward(self, tokens: Tensor) -> Tensor:                        # (B, T) -> (B, T, V)
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
         return self.output(self.hidden(tokens))
 
 # ---- checkpoints --------------------------------------------------------------------------------
@@ -338,9 +340,8 @@ class LM(nn.Module):
 class Tokenizer:
     """The sentencepiece model of LLaMA 1 and 2: text <-> ids. `ends` are EOS and the ids that end
     a text beside it."""
-
     def __init__(self, path, ends=()):
-        from sentencepiece import SentencePieceProcessor       # here: --plan needs no tokenizer
+        from sentencepiece import SentencePieceProcessor  # here: --plan needs no tokenizer
         self.pieces, content = SentencePieceProcessor(), read_bytes(path)
         with expecting("a sentencepiece model (LLaMA 3's tiktoken file is none)", path):
             self.pieces.LoadFromSerializedProto(content)
@@ -351,12 +352,9 @@ class Tokenizer:
                             f"{self.bos}, EOS {self.eos} (-1: none)")
         self.ends = tuple(dict.fromkeys((self.eos, *ends)))
 
-    def encode(self, text: str) -> list[int]:
-        """No BOS, no EOS: data.py places each once."""
+    def encode(self, text: str | list[str]) -> list:
+        """Ids of a text, or of several on all cores. No BOS, no EOS: data.py places each once."""
         return self.pieces.encode(text)
-
-    def encode_all(self, texts: list[str]) -> list[list[int]]:
-        return self.pieces.encode(texts)                       # on all cores
 
     def decode(self, ids: list[int]) -> str:
         return self.pieces.decode(ids)
@@ -412,7 +410,7 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
                                 f"LLaMA of {config.n_layers} layers does not have")
             place = device if name in kept else "meta"
             parts[name].append(tensor.to(place, dtype or tensor.dtype, copy=True))
-            if tensor.dim() == 2 and len(parts[name]) < shards:     # a norm is whole in each shard
+            if tensor.dim() == 2 and len(parts[name]) < shards:  # a norm is whole in each shard
                 continue
             axis = 1 if name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight")) else 0
             with expecting("shards that fit together", f"{path}: {name:.80}"):
@@ -424,10 +422,10 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
                                 f"{folder}; remove one of the two")
             del parts[name]
             lm.stored = tensor.dtype if name.endswith("wq.weight") else lm.stored
-        tensor = None                                   # unmaps this shard before the next
+        tensor = None  # unmaps this shard before the next
     with expecting(f"all tensors of a LLaMA of {config.n_layers} layers, from all shards", folder):
         lm.take(state)
-    return lm if layer_ids is None else lm.with_layers({i: lm.layers[str(i)] for i in layer_ids})
+    return lm if layer_ids is None else lm.only(layer_ids)
 
 def load(folder, layer_ids=None, dtype=torch.float32, device="cpu") -> tuple[LM, Tokenizer]:
     """The model and the tokenizer of a checkpoint folder, Meta's or Hugging Face's."""
@@ -439,7 +437,7 @@ def load(folder, layer_ids=None, dtype=torch.float32, device="cpu") -> tuple[LM,
 
 # ---- generation ---------------------------------------------------------------------------------
 
-CACHE_BYTES = 2**32         # 4 GiB of cache leave a card of 24 GB room beside a model of 7B
+CACHE_BYTES = 2**32  # 4 GiB of cache leave a card of 24 GB room beside a model of 7B
 
 def generate_batch(lm: LM, prompts, max_new_tokens: int, ends: tuple, pick) -> list[list[int]]:
     """One batch of `generate`. Finished rows leave the batch once they are a quarter of it."""
@@ -471,7 +469,7 @@ def generate_batch(lm: LM, prompts, max_new_tokens: int, ends: tuple, pick) -> l
                 for n, cache in enumerate(caches):
                     caches[n] = cache[:, keep]
         if step + 1 < max_new_tokens:
-            mask = torch.arange(longest + step + 1, device=device) <= slots[:, None]    # (B, S)
+            mask = torch.arange(longest + step + 1, device=device) <= slots[:, None]  # (B, S)
             x = lm.hidden(token[:, None], caches, slots, mask[:, None, None])[:, 0]
             slots = slots + 1
     return output.tolist()
@@ -492,7 +490,7 @@ def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos, batch_s
     if temperature:
         pick = room("extras.sampling").sampler(temperature, top_k, top_p, generator)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    slot = sum(cache.nbytes for cache in lm.caches(1, 1))           # bytes of a token's cache
+    slot = sum(cache.nbytes for cache in lm.caches(1, 1))  # bytes of a token's cache
     outputs, most = [None] * len(prompts), batch_size or 64
     bar = tqdm(total=len(prompts), desc=progress, disable=None if progress else True, leave=False)
     while order:

@@ -1,6 +1,4 @@
 """The command line: federated fine-tuning of a LLaMA that its owner keeps, by FedBiOT and others.
-In order: METHODS (one line a method); RunConfig (every flag, with its help and default); plan (what
-a run costs, counted without weights); the run folder; Run (log, state, evaluation); main.
 
     python train.py --task gsm8k --dropout 0.2 --adapter 2
     python train.py --task gsm8k --dropout 0.2 --adapter 2 --ckpt llama-2-7b --data-dir data
@@ -16,10 +14,11 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 
-if __name__ == "__main__":      # Ctrl-C is one line also while PyTorch is imported
+if __name__ == "__main__":  # Ctrl-C is one line also while PyTorch is imported
     line = b"stopped by Ctrl-C\n" if os.environ.get("RANK", "0") == "0" else b""
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, line), os._exit(130)))
 
@@ -73,11 +72,12 @@ def parse(argv=None) -> RunConfig:
     first, left = Parser("", RunConfig, add_help=False).parse_known_args(argv)
     method = vars(first).get("method", "fedbiot")
     given, left = Parser(__doc__, config_of(method)).parse_known_args(argv)
-    idle = vars(Parser("", config_of(*METHODS)).parse_args(left)) if left else {}
+    others = [name for name in METHODS if find_spec(METHODS[name].partition(".")[0])]
+    idle = vars(Parser("", config_of(*others)).parse_args(left)) if left else {}
     cfg = resolve(vars(given))
-    no_use = [*idle, *(name for name in vars(given) if name in method_of(method).Server.no_use)]
-    if no_use:
-        print(f"note: {method} has no use for {', '.join(map(flag, no_use))}", file=sys.stderr)
+    idle |= {name: given for name in vars(given) if name in method_of(method).Server.no_use}
+    if idle:
+        print(f"note: {method} has no use for {', '.join(map(flag, idle))}", file=sys.stderr)
     return cfg
 
 def resolve(given: dict) -> RunConfig:
@@ -91,17 +91,18 @@ def resolve(given: dict) -> RunConfig:
     cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     values["threads"] = values.get("threads") or max(cores // processes, 1)
     cfg = checked(config_of(method), values)
-    for wrong, text in (
-            (cfg.clients_per_round > cfg.clients, f"--clients-per-round {cfg.clients_per_round}: "
-             f"expected at most the {cfg.clients} clients that there are"),
-            (cfg.validate and cfg.task != "gsm8k", f"--validate {cfg.validate}: only gsm8k trains "
-             f"and tests on rows of one kind; leave it out"),
-            (method == "offsite" and cfg.clients != 1, f"--method offsite: Offsite-Tuning has one "
-             f"client, found {cfg.clients}; fedot has several"),
-            (cfg.own_data and cfg.clients != world - 1, f"--own-data with {cfg.clients} clients: "
-             f"each is a process under torchrun, which started {world - 1}; leave --clients out")):
-        if wrong:
-            raise UserError(text)
+    if cfg.clients_per_round > cfg.clients:
+        raise UserError(f"--clients-per-round {cfg.clients_per_round}: expected at most the "
+                        f"{cfg.clients} clients that there are")
+    if cfg.validate and (cfg.task != "gsm8k" or cfg.own_data):
+        raise UserError(f"--validate {cfg.validate}: it scores gsm8k's training rows, and the "
+                        f"server has none with another --task or --own-data; leave it out")
+    if method == "offsite" and cfg.clients != 1:
+        raise UserError(f"--method offsite: Offsite-Tuning has one client, found {cfg.clients}; "
+                        f"fedot has several")
+    if cfg.own_data and cfg.clients != world - 1:
+        raise UserError(f"--own-data with {cfg.clients} clients: each is a process under "
+                        f"torchrun, which started {world - 1}; leave --clients out")
     return cfg
 
 def as_json(cfg) -> dict:
@@ -113,7 +114,7 @@ def as_json(cfg) -> dict:
 def plan(config: ModelConfig, cfg: RunConfig) -> dict:
     """Layers, trainable parameters, MB a client a round (down + up), GMAC a token (Table 5), all
     counted on the meta device from the very objects that a run builds."""
-    config = config if config.vocab_size > 0 else replace(config, vocab_size=32000)    # LLaMA's
+    config = config if config.vocab_size > 0 else replace(config, vocab_size=32000)  # LLaMA's
     full = load_weights(cfg.ckpt, config, device="meta")
     method = method_of(cfg.method)
     server = method.Server(full, None, replace(cfg, align_init=0, align_steps=0))
@@ -126,23 +127,22 @@ def plan(config: ModelConfig, cfg: RunConfig) -> dict:
             "comm_mb_per_round": sent / 1e6, "gmac_per_token": client.macs_per_token() / 1e9}
 
 def print_plan(p: dict, c: ModelConfig, cfg: RunConfig):
-    def layers(name):
-        return f"{len(p[name]):3d}   " + " ".join(map(str, p[name]))
-    traffic, ckpt = megabytes(p["comm_mb_per_round"] * 1e6), os.path.relpath(cfg.ckpt)
-    for name, text in {
-            "method": f"{cfg.method}, {cfg.task}, {cfg.clients} clients, {cfg.rounds} rounds",
-            "model": f"{c.n_layers} layers x {c.dim}, {min(ckpt, cfg.ckpt, key=len)}",
-            "kept (emulator)": layers("kept_layers"), "dropped": layers("dropped_layers"),
-            "adapter": layers("adapter_layers"),
-            "trainable": f"{p['trainable_params']:,} parameters",
-            "communication": f"{traffic} a client a round, down + up",
-            "compute": f"{p['gmac_per_token']:.4g} GMAC a token at a client"}.items():
+    def row(name, text):
         print(f"{name:16}  {text}")
+    ckpt = min(cfg.ckpt, os.path.relpath(cfg.ckpt), key=len)
+    row("method", f"{cfg.method}, {cfg.task}, {cfg.clients} clients, {cfg.rounds} rounds")
+    row("model", f"{c.n_layers} layers x {c.dim}, {ckpt}")
+    for name in ("kept (emulator)", "dropped", "adapter"):
+        layers = p[f"{name.split()[0]}_layers"]
+        row(name, f"{len(layers):3d}   {' '.join(map(str, layers))}")
+    row("trainable", f"{p['trainable_params']:,} parameters")
+    row("communication", f"{megabytes(p['comm_mb_per_round'] * 1e6)} a client a round, down + up")
+    row("compute", f"{p['gmac_per_token']:.4g} GMAC a token at a client")
 
 # ---- run folder ---------------------------------------------------------------------------------
 
 COLUMNS = ("round", "client_loss", "align_l2", "align_kl", "bytes_down", "bytes_up", "seconds")
-FREE = {"out", "device", "client_timeout", "ckpt", "data_dir"}      # a resumed run may change these
+FREE = {"out", "device", "client_timeout", "ckpt", "data_dir"}  # a resumed run may change these
 
 def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
     """The run's folder, made the moment it is chosen, so that no second run can choose it too. An
@@ -182,7 +182,7 @@ def locked(folder: Path):
     finally:
         os.close(lock)
         with contextlib.suppress(OSError):
-            folder.rmdir()                                  # where nothing was written
+            folder.rmdir()  # where nothing was written
 
 def made_of(folder: Path) -> dict[str, str]:
     """Fingerprints that tie a run's configuration to what it learnt."""
@@ -211,9 +211,10 @@ def load_state(folder: Path, now: dict[str, str]) -> dict | None:
     with expecting("a state that can be resumed; move it away to start anew", path):
         then, rounds = state["depends_on"] | {}, [row["round"] for row in state["rows"]]
         state["server"]["learnt"], state["metrics"] | {}, state["seconds"] + len(rounds)
-    for name in (name for name in now if now[name] != then.get(name)):
-        raise UserError(f"{path}: was made with {name} {then.get(name)}, now it is {now[name]}; "
-                        f"resume with the same, or choose another --out")
+    for name, value in now.items():
+        if value != then.get(name):
+            raise UserError(f"{path}: was made with {name} {then.get(name)}, now it is "
+                            f"{value}; resume with the same, or choose another --out")
     return state
 
 def depends_on(cfg: RunConfig) -> dict[str, str]:
@@ -229,11 +230,13 @@ def round_line(r: dict, rounds: int, accuracies) -> str:
     for name in (n for n in r if n not in (*COLUMNS[:2], *COLUMNS[4:], *accuracies)):
         stem, _, rest = name.partition("_")
         groups.setdefault(stem, []).append(f"{rest} {r[name]:.3f}".strip())
-    parts = [f"round {r['round']:{len(str(rounds))}d}", f"client {r['client_loss']:.3f}",
-             *(" ".join([stem, *values]) for stem, values in groups.items()),
-             f"down {megabytes(r['bytes_down'])} up {megabytes(r['bytes_up'])}",
-             f"{r['seconds']:.0f} s", *(f"{n} {r[n]:.1%}" for n in accuracies if n in r)]
-    return " | ".join(parts)
+    return " | ".join([
+        f"round {r['round']:{len(str(rounds))}d}",
+        f"client {r['client_loss']:.3f}",
+        *(" ".join([stem, *values]) for stem, values in groups.items()),
+        f"down {megabytes(r['bytes_down'])} up {megabytes(r['bytes_up'])}",
+        f"{r['seconds']:.0f} s",
+        *(f"{n} {r[n]:.1%}" for n in accuracies if n in r)])
 
 def megabytes(n: float) -> str:
     return f"{n / 1e6:.2f} MB" if n >= 1e4 else f"{n:.0f} B"
@@ -251,7 +254,6 @@ def print_summary(summary: dict):
 
 class Run:
     """A run folder and what has been learnt so far: logs, saves and evaluates, round by round."""
-
     def __init__(self, folder: Path, cfg: RunConfig, server, tokenizer, state: dict):
         self.folder, self.cfg, self.server, self.tokenizer = folder, cfg, server, tokenizer
         self.state, self.rows = state, state["rows"]
@@ -300,13 +302,16 @@ class Run:
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         on_gpu = device.type == "cuda" and torch.cuda.max_memory_allocated(device)
         write_file(self.folder / "lora.pt", lambda file: torch.save(learnt, file))
-        summary = {"task": cfg.task, "method": cfg.method, "seed": cfg.seed, "rounds": cfg.rounds,
-                   "metrics": self.state["metrics"],
-                   "bytes_down_per_client_round": fmean(row["bytes_down"] for row in self.rows),
-                   "bytes_up_per_client_round": fmean(row["bytes_up"] for row in self.rows),
-                   "bootstrap_bytes": bootstrap_bytes, "trainable_params": trainable,
-                   "peak_memory_bytes": on_gpu or resident, "seconds": self.state["seconds"],
-                   "made_of": made_of(self.folder)}
+        summary = {
+            "task": cfg.task, "method": cfg.method, "seed": cfg.seed, "rounds": cfg.rounds,
+            "metrics": self.state["metrics"],
+            "bytes_down_per_client_round": fmean(row["bytes_down"] for row in self.rows),
+            "bytes_up_per_client_round": fmean(row["bytes_up"] for row in self.rows),
+            "bootstrap_bytes": bootstrap_bytes,
+            "trainable_params": trainable,
+            "peak_memory_bytes": on_gpu or resident,
+            "seconds": self.state["seconds"],
+            "made_of": made_of(self.folder)}
         write_json(self.folder / "summary.json", summary)
         return summary
 
@@ -316,7 +321,7 @@ def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
     tokenizer, known = load_tokenizer(cfg.ckpt, config), depends_on(cfg)
     public = make_public(cfg.data_dir, tokenizer, cfg.max_len)
     known["public data"] = digest_of(public.examples)
-    if processes:                   # the clients' processes have the data; here stands whose it is
+    if processes:  # the clients' processes have the data; here stands whose it is
         shards = [m + 1 if cfg.own_data else None for m in range(cfg.clients)]
     else:
         shards = make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len,
@@ -356,7 +361,7 @@ def run(argv=None, processes=None) -> int:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
     if processes and processes.rank:
-        processes.serve(cfg, device)                        # a client's process, until the end
+        processes.serve(cfg, device)  # a client's process, until the end
     folder = choose_folder(cfg, restarted=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
     if (folder / "summary.json").is_file():
         print(f"{folder}: this run is finished", file=sys.stderr)
@@ -366,7 +371,7 @@ def run(argv=None, processes=None) -> int:
     return 0
 
 def main(argv=None) -> int:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:            # the wire between torchrun's processes
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the wire between torchrun's processes
         return room("extras.torchrun").main(run, argv)
     return run(argv)
 

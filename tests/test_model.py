@@ -410,10 +410,10 @@ def test_a_tokenizer_that_is_absent_or_no_sentencepiece_model_is_refused():
 
 
 def test_texts_are_encoded_together_as_one_by_one():
-    # kills: encode_all drops the empty, or their order
+    # kills: encode drops an empty text, or the order of several
     t = model.Tokenizer(BUNDLED_TOKENIZER)
     texts = ["One and 2.", "", "é ﷺ \t𝔘", "</s> <s>", "one\n\ntwo  "] * 20
-    assert t.encode_all(texts) == [t.encode(text) for text in texts] and t.encode_all([]) == []
+    assert t.encode(texts) == [t.encode(text) for text in texts] and t.encode([]) == []
     assert [t.decode(t.encode(text)) for text in texts] == texts
     assert t.ends == (t.eos,) and t.vocab_size == 1024 and t.decode([]) == ""
     assert model.Tokenizer(BUNDLED_TOKENIZER, (7, t.eos, 7)).ends == (t.eos, 7)
