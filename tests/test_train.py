@@ -460,7 +460,7 @@ def test_the_six_files_alone_are_the_program():
 
 
 def test_a_door_to_a_room_that_is_not_there_is_one_line():
-    # kills: ModuleNotFoundError as a traceback; status 1
+    # kills: ModuleNotFoundError as a traceback; status 1; all methods' flags asked for at a slip
     ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     doors = [("train", ["--method", m], {}, train.METHODS[m].split(".")[0])
              for m in train.METHODS if m != "fedbiot"]
@@ -472,7 +472,8 @@ def test_a_door_to_a_room_that_is_not_there_is_one_line():
               ("train", ["--ckpt", "hf"], {}, "extras"),
               ("eval", ["--export", "out"], {}, "extras"),
               ("eval", ["--task", "dolly"], {}, "tasks"),
-              ("eval", ["--task", "gsm8k", "--predictions", "p.jsonl"], {}, "tasks")]
+              ("eval", ["--task", "gsm8k", "--predictions", "p.jsonl"], {}, "tasks"),
+              ("train", ["--no-such-flag"], {}, "--no-such-flag\n")]    # a slip needs no room
     with folder() as path:
         alone(path)
         (path / "hf").mkdir()
@@ -482,9 +483,10 @@ def test_a_door_to_a_room_that_is_not_there_is_one_line():
         done = command_in(path, "doors.py")
         answers = [json.loads(line) for line in done.stderr.splitlines()]
         assert len(answers) == len(doors), done
-        for (status, line), (program, argv, _, room) in zip(answers, doors):
+        for (status, line), (program, argv, _, named) in zip(answers, doors):
             assert status == 2 and line.count("\n") == 1, (program, argv, line)
-            assert line.startswith("error: ") and f"'{room}'" in line, (program, argv, line)
+            named = named if "\n" in named else f"'{named}'"
+            assert line.startswith("error: ") and named in line, (program, argv, line)
         assert not list(path.glob("runs/*")) and not (path / "out").exists()
 
 
