@@ -111,13 +111,21 @@ def write_data(out: Path, seed: int):
     rng = random.Random(f"{seed} dolly")
     rows = distinct(lambda: gen_qa.dolly_row(rng), 3000, lambda r: (r["instruction"], r["context"], r["response"]))
     save(out / "dolly/databricks-dolly-15k.jsonl", jsonl(rows))
-    rng = random.Random(f"{seed} humaneval")
-    specs = distinct(lambda: gen_code.spec_of(rng, "test"), 24, lambda s: s.words)
-    for lang, folder in gen_code.TESTED.items():
-        rows = [gen_code.humaneval(spec, lang, i, random.Random(f"{seed} {i}")) for i, spec in enumerate(specs)]
-        save(out / f"humaneval_x/{folder}/humaneval_{folder}.jsonl.gz", gzip.compress(jsonl(rows).encode(), mtime=0))
+    write_problems(out, seed)
     for name, content in gen_helm.files(seed).items():
         save(out / "helm_qa" / name, content)
+
+
+def write_problems(out: Path, seed: int, skip: int = 0):
+    """24 HumanEval-X problems in four languages; with `skip`, those behind as many others, on
+    which rates can be chosen: no function of them is tested or trained on."""
+    rng = random.Random(f"{seed} humaneval")
+    specs = distinct(lambda: gen_code.spec_of(rng, "test"), skip + 24, lambda s: s.words)[skip:]
+    for lang, folder in gen_code.TESTED.items():
+        rows = [gen_code.humaneval(spec, lang, i, random.Random(f"{seed} {skip + i}"))
+                for i, spec in enumerate(specs)]
+        save(out / f"humaneval_x/{folder}/humaneval_{folder}.jsonl.gz",
+             gzip.compress(jsonl(rows).encode(), mtime=0))
 
 
 # ---- tokenizer ----
@@ -273,7 +281,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to fill (default: this one)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("data", "tokenizer", "model", "small", "settled"), help="just one of the parts")
+    parser.add_argument("--only", choices=("data", "tokenizer", "model", "small", "settled", "held-out"),
+                        help="just one of the parts; held-out: 24 HumanEval-X problems to choose rates on")
     parser.add_argument("--steps", type=int, default=4900, help=f"of {BATCH} examples each")
     parser.add_argument("--settle-steps", type=int, default=250, help="of the last stage")
     parser.add_argument("--small-steps", type=int, default=900, help="of the small model")
@@ -286,9 +295,10 @@ def main():
              "tokenizer": lambda: train_tokenizer(args.out / "llama", args.seed),
              "model": lambda: pretrain(args.out / "llama", args),
              "small": lambda: make_small(args.out, args),
-             "settled": lambda: settle(args.out / "llama", args)}
+             "settled": lambda: settle(args.out / "llama", args),
+             "held-out": lambda: write_problems(args.out / "data", args.seed, skip=24)}
     for name, make in parts.items():
-        if args.only in (None, name):
+        if args.only == name or args.only is None and name != "held-out":
             began = time.time()
             make()
             print(f"{name}: {time.time() - began:.0f} s", flush=True)
