@@ -74,8 +74,7 @@ class Config:
 def layer_extract(n: int, s: int, beta: Fraction) -> tuple[list[int], list[int]]:
     """Algorithm 1: (emulator's layers, adapter's layers), 0-based indices of the model's n layers.
     DIFFERS: the paper's line 2 reads n' = floor(beta (n - s)); its own Table 5 needs (1 - beta).
-    In integers and fractions throughout: floats lose a layer at n - s = 16, n' = 14.
-    """
+    In integers and fractions throughout: floats lose a layer at n - s = 16, n' = 14."""
     if not 1 <= s < n:
         raise UserError(f"--adapter {s}: the model has {n} layers, so choose 1..{n - 1}")
     kept = int((1 - Fraction(beta)) * (n - s))  # floor: both are >= 0
@@ -124,8 +123,7 @@ def kl_rows(t: Tensor, delta: Tensor, careful: bool) -> tuple[Tensor, Tensor]:
 
     Close softmaxes lose their digits when subtracted. With c = lse_s - lse_t, log p_s - log p_t is
     delta - c, so p_s - p_t = (p_s + p_t) tanh((delta - c) / 2) keeps them; the rows' sums, 0 but
-    for c's rounding, correct c.
-    """
+    for c's rounding, correct c."""
     t -= t.amax(-1, keepdim=True)
     s = t + delta
     top = s.amax(-1, keepdim=True)
@@ -162,8 +160,7 @@ def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor)
     """sum_i w_i * cross_entropy(W h_i, y_i): a scalar, fp32. Eq. 1.
 
     h (N, D) after the final norm, W (V, D) the frozen head (it gets no gradient), targets (N,)
-    int64, weights (N,) fp32; a row of weight 0 is ignored, whatever it holds.
-    """
+    int64, weights (N,) fp32; a row of weight 0 is ignored, whatever it holds."""
     def chunk_loss(rows, w):
         total, logits = 0.0, project(torch.where(w != 0, h[rows], 0), W)  # (n, V)
         for z, y, w_z in slices(logits, targets[rows, None], w):
@@ -179,8 +176,7 @@ def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor) 
 
     h_* (N, D), W (V, D) frozen, weights (N,) fp32, 0 = ignored. Gradient for h_student only. The
     two logits' difference is W (h_s - h_t), so that bf16 rounds the *disagreement*: near agreement
-    the gradient of two separately rounded softmaxes is noise.
-    """
+    the gradient of two separately rounded softmaxes is noise."""
     def chunk_loss(rows, w):
         total, h_t = 0.0, torch.where(w != 0, h_teacher[rows], 0)
         apart = torch.where(w != 0, h_student[rows], 0).float() - h_t.float()

@@ -250,8 +250,7 @@ class Block(nn.Module):
 
     It does not know its own index: an emulator has fewer blocks, and each must compute the
     same thing at any depth. `past` is (its cache, slots, mask), see LM.hidden. `rows` (N,), where
-    given, are the positions b T + t that are wanted: the feed-forward is spared the others.
-    """
+    given, are the positions b T + t that are wanted: the feed-forward is spared the others."""
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.attention = Attention(c)
@@ -395,8 +394,7 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
 
     Strict: every tensor of the architecture, in its shape, and nothing else; what stands twice (in
     two sets of files, or as a tied head) must be equal; else UserError. `dtype` None: as stored.
-    One shard is mapped at a time, and copied tensor by tensor. Device "meta": nothing is read.
-    """
+    One shard is mapped at a time, and copied tensor by tensor. Device "meta": nothing is read."""
     with torch.device("meta"):
         lm, part = LM.empty(config), LM.empty(config, layer_ids)
     if torch.device(device).type == "meta":
@@ -482,8 +480,7 @@ def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos, batch_s
 
     Greedy at temperature 0, else sampled with `generator` (on the model's device). Prompts are
     sorted by length so that a batch wastes little padding; batch_size 0: up to 64 whose caches take
-    CACHE_BYTES. A text also ends behind the piece `stop`; `progress` names a progress bar.
-    """
+    CACHE_BYTES. A text also ends behind the piece `stop`; `progress` names a progress bar."""
     assert all(prompts), "generate: an empty prompt; begin with BOS"
     eos = (eos,) if isinstance(eos, int) else tuple(eos)
     ends, pick = eos if stop is None else (*eos, stop), lambda logits: logits.argmax(-1)
