@@ -48,8 +48,8 @@ class Config:
     align_steps: int = option(10, "alignment steps between rounds (E)")
     # DIFFERS: section 3.1 and Eq. 5 tune all weights of E before round 1, section 4.1 and the
     # authors' code its LoRA alone. Both readings are here.
-    align_init_on: str = option("lora", "what they tune; of all weights (Eq. 5) each needs 16 "
-                                "bytes; bundled model weights", choices=("weights", "lora"))
+    align_init_on: str = option("lora", "what these steps tune; weights (Eq. 5) takes 16 bytes a "
+                                "parameter; bundled model weights", choices=("weights", "lora"))
     # PAPER SILENT: the learning rate of the alignment, its warm-up and its decay.
     align_init_lr: float = option(1e-3, "peak learning rate of --align-init-on weights")
     server_lr: float = option(1e-4, "learning rate of E's LoRA; bundled model 2e-3")
@@ -254,7 +254,8 @@ class Server:
             p.requires_grad_()
         adapter = {str(i): self.student.layers[str(i)] for i in self.adapter}
         self.teacher = full.with_layers({**full.layers, **adapter})  # E* and A
-        # PAPER SILENT: whether its state lives on between rounds. It does, unless --align-renew.
+        # PAPER SILENT: whether the optimizer's state is kept between rounds. It is, but for
+        # --align-renew.
         self.optimizer = torch.optim.AdamW(self.emulated.values(), cfg.server_lr, (0.9, 0.95))
 
     def give_own_weights(self, layers):
@@ -407,7 +408,7 @@ class Client:
         stems = [name.removesuffix("A") for name in sent if name.endswith("lora_A")]
         pairs = [(self.tuned[s + "B"], self.tuned[s + "A"], sent[s + "B"], sent[s + "A"])
                  for s in stems]
-        # PAPER SILENT: whether its state lives on. It does not: a client keeps nothing.
+        # PAPER SILENT: whether the optimizer's state is kept. It is not: a client keeps nothing.
         optimizer = torch.optim.AdamW(self.tuned.values(), lr=cfg.lr, betas=(0.9, 0.95))
         for batch in examples.batches(cfg.local_steps, cfg.batch_size, (cfg.seed, t, m)):
             loss = self.loss(batch.to(self.lm.output.weight.device))
@@ -492,7 +493,7 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
     finite = [norm for norm in norms.values() if math.isfinite(norm)]
     usual = median_low(finite or [0.0])                         # of two, the smaller
     count = sum(like.numel() for like in expected.values() if like.is_floating_point())
-    bound = cfg.max_update_norm * max(1, 16 / count)**2         # few numbers: their norm varies
+    bound = cfg.max_update_norm * max(1, 16 / count)**2         # a few numbers' norm varies a lot
     for m, norm in norms.items():
         if not math.isfinite(norm):
             reasons[m] = "not all of its numbers are finite; try a smaller --lr"

@@ -69,7 +69,7 @@ def read_json(path, what: str = "JSON"):
     return parse_json(read_bytes(path, 2**26), path, what)
 
 def read_saved(path, mapped=False):
-    """What torch.save wrote: no code in it is run, and no damaged byte passes."""
+    """What torch.save wrote. No code in the file is run, and its checksums are compared."""
     with open_file(path) as file, expecting("tensors as torch.save writes them", path):
         if is_zip := zipfile.is_zipfile(file):                  # else the format before 2020
             archive = zipfile.ZipFile(file)                     # torch.load ignores checksums
@@ -203,8 +203,8 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.view_as_real(z * torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
 
 def remember(cache: Tensor, k: Tensor, v: Tensor, slots, mask):
-    """Writes keys and values (B, G, T, d) into a block's cache (2, B, G, S, d) and returns those to
-    look at. A slot is an absolute position: a row's new tokens overwrite its prompt's padding."""
+    """Writes keys and values (B, G, T, d) into a block's cache (2, B, G, S, d), returns those to
+    attend to. A slot is an absolute position: a row's new tokens overwrite its prompt's padding."""
     if slots is None:  # the prompts, from slot 0 on
         cache[0, :, :, :k.shape[2]], cache[1, :, :, :v.shape[2]] = k, v
         return k, v
@@ -230,7 +230,7 @@ class Attention(nn.Module):
         if mask is None:  # q (B, H, T, d), k (B, G, T, d)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                                enable_gqa=q.shape[1] != k.shape[1])
-        else:  # one token a row: the heads that share a key stand where tokens do, (B, G, H/G, d)
+        else:  # one token a row; the query heads that share a key are the "tokens" (B, G, H/G, d)
             q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)[:, :, None]
         return self.wo(y.transpose(1, 2).flatten(2))  # (B, T, D)

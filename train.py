@@ -146,8 +146,8 @@ FREE = {"out", "device", "client_timeout", "ckpt", "data_dir"}  # a resumed run 
 
 def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
     """The run's folder, made the moment it is chosen, so that no second run can choose it too. An
-    explicit --out that exists needs --resume; a default name takes -2, -3, …, the last resumes.
-    What torchrun restarts goes on, but not with another run that is finished."""
+    explicit --out that exists needs --resume. A default name takes -2, -3, …; --resume goes on with
+    the last of them. A restart by torchrun resumes, but not another run that is finished."""
     name = f"{cfg.task}-{cfg.method}-b{float(cfg.dropout):g}-s{cfg.adapter}-seed{cfg.seed}"
     folder, last, number = Path(cfg.out or f"runs/{name}"), None, 1
     while folder != last:
