@@ -122,8 +122,8 @@ def kl_rows(t: Tensor, delta: Tensor, careful: bool) -> tuple[Tensor, Tensor]:
     and p_s - p_t.
 
     Close softmaxes lose their digits when subtracted. With c = lse_s - lse_t, log p_s - log p_t is
-    delta - c, so p_s - p_t = (p_s + p_t) tanh((delta - c) / 2) keeps them; the rows' sums, 0 but
-    for c's rounding, correct c."""
+    delta - c, so p_s - p_t = (p_s + p_t) tanh((delta - c) / 2) keeps them. Every row should sum
+    to 0; what it sums to is the rounding error of c, which is then taken out."""
     t -= t.amax(-1, keepdim=True)
     s = t + delta
     top = s.amax(-1, keepdim=True)

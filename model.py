@@ -290,10 +290,10 @@ class LM(nn.Module):
         return lm
 
     def take(self, state: dict) -> "LM":
-        """`state`'s tensors in place of its own, made on meta: frozen, and tied ones stay one."""
+        """Puts `state`'s tensors in the place of those made on meta; frozen, a tied one once."""
         state = {name: nn.Parameter(t) for name, t in state.items()}
         if self.config.tied:
-            state["output.weight"] = state["tok_embeddings.weight"]  # shipped and walked once
+            state["output.weight"] = state["tok_embeddings.weight"]
         self.load_state_dict(state, assign=True)
         return self.requires_grad_(False)
 

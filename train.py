@@ -146,8 +146,8 @@ FREE = {"out", "device", "client_timeout", "ckpt", "data_dir"}  # a resumed run 
 
 def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
     """The run's folder, made the moment it is chosen, so that no second run can choose it too. An
-    explicit --out that exists needs --resume. A default name takes -2, -3, …; --resume goes on with
-    the last of them. A restart by torchrun resumes, but not another run that is finished."""
+    explicit --out that exists needs --resume. A default name takes -2, -3, …; --resume goes on
+    with the last of them. A restart by torchrun resumes, but not another, finished run."""
     name = f"{cfg.task}-{cfg.method}-b{float(cfg.dropout):g}-s{cfg.adapter}-seed{cfg.seed}"
     folder, last, number = Path(cfg.out or f"runs/{name}"), None, 1
     while folder != last:
@@ -321,7 +321,7 @@ def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
     tokenizer, known = load_tokenizer(cfg.ckpt, config), depends_on(cfg)
     public = make_public(cfg.data_dir, tokenizer, cfg.max_len)
     known["public data"] = digest_of(public.examples)
-    if processes:  # the clients' processes have the data; here stands whose it is
+    if processes:       # the data are with the clients: here stands whose rank, None for any
         shards = [m + 1 if cfg.own_data else None for m in range(cfg.clients)]
     else:
         shards = make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len,
