@@ -36,8 +36,8 @@ BUNDLED = {"rounds": 5, "lr": 3e-3, "server_lr": 2e-3, "align_init_on": "weights
 class Parser(argparse.ArgumentParser):
     """One flag a field; a flag that was not given is absent from the result."""
     def __init__(self, description: str, *configs: type, **extra):
-        super().__init__(description=description, allow_abbrev=False, **extra,
-                         argument_default=argparse.SUPPRESS,
+        super().__init__(description=description, allow_abbrev=False, usage="%(prog)s [flags]",
+                         argument_default=argparse.SUPPRESS, **extra,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         for f in (f for config in configs for f in fields(config)):
             choices, kind = f.metadata.get("choices"), kind_of(f)
@@ -45,7 +45,8 @@ class Parser(argparse.ArgumentParser):
             if kind is bool:
                 how = {"action": argparse.BooleanOptionalAction}
             text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
-            text += "" if f.default in (None, False) else f" ({f.default})"
+            default = float(f.default) if kind is Fraction else f.default
+            text += "" if default in (None, False) else f" ({default})"
             flags = f.metadata.get("flags", [flag(f.name)])
             self.add_argument(*flags, dest=f.name, help=text.replace("%", "%%"), **how)
 

@@ -42,7 +42,7 @@ PRESETS = {"paper": {}, "official-code": {"align_tokens": "all", "prox": 0.0, "a
 # ---- flags --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class RunConfig(Config, EvalConfig):
+class RunConfig(EvalConfig, Config):
     """Config, EvalConfig, and what a run is beside them. None: depends, see `resolve`."""
     task: str = option("gsm8k", "what the clients' data teaches", choices=tuple(TASKS))
     method: str = option("fedbiot", "federated method", choices=tuple(METHODS))
