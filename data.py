@@ -37,7 +37,7 @@ def read_rows(path: Path) -> list[dict]:
             blob = gzip.GzipFile(fileobj=io.BytesIO(blob)).read(LARGEST + 1)
         if len(blob) > LARGEST:
             raise ValueError(f"more than {LARGEST:,} bytes once unpacked")
-        text = blob.decode()
+        text = blob.decode("utf-8-sig")
     if name.endswith(".json"):
         rows = parse_json(text, path)
         rows = rows.get("data", rows) if isinstance(rows, dict) else rows  # SQuAD's form, QuAC's

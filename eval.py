@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         for f in (f for config in configs for f in fields(config)):
             choices, kind = f.metadata.get("choices"), kind_of(f)
-            how = {"type": share if kind is Fraction else kind, "choices": choices, "metavar": "X"}
+            how = {"type": decimal if kind is Fraction else kind, "choices": choices, "metavar": "X"}
             if kind is bool:
                 how = {"action": argparse.BooleanOptionalAction}
             text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
@@ -60,10 +60,10 @@ def kind_of(f) -> type:
     """A field's type, where `int | None` is int."""
     return next(k for k in (bool, int, float, str, Fraction) if k.__name__ in str(f.type))
 
-def share(text: str) -> Fraction:
-    """What was typed, exactly: 0.2 is 1/5."""
+def decimal(text: str) -> Fraction:
+    """A decimal as it was typed: 0.2 is 1/5, not the binary number beside it."""
     try:
-        float(value := Fraction(text))
+        float(value := Fraction(text if "/" in text else str(float(text))))
     except ArithmeticError:
         raise ValueError(text) from None  # argparse makes one line of it
     return value
@@ -100,7 +100,7 @@ class EvalConfig:
     eval_limit: int = option(0, "first N test examples, of each language or scenario (0: all)")
     eval_batch: int = option(0, "sequences generated at a time (0: what 4 GB of cache hold)")
     shots: int = option(8, "worked examples in a prompt, as the authors' code; bundled model 0")
-    max_new_tokens: int = option(0, "of an answer (0: the task's own, GSM8K 256)")
+    max_new_tokens: int = option(0, "of an answer (0: the task's own, GSM8K 256)", most=2**16)
     samples: int = option(20, "programs a problem, as the authors' code; bundled model 1", least=1)
     temperature: float | None = option(None, "of the samples; the authors' 0.1, for a single one 0")
     top_k: int = option(40, "sample among so many pieces, as the authors' code (0: all)")
@@ -118,7 +118,7 @@ class EvalConfig:
 def pick_device(name: str) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     with expecting("a device that PyTorch can use here, such as cpu or auto", f"--device {name}"):
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).tolist()                # on "meta" there is nothing to read
         return torch.device(name)
 
 def pick_dtype(name: str, device) -> torch.dtype:
@@ -232,12 +232,18 @@ class Command(EvalConfig):
 def main_guard(main):
     """Runs `main`: a user's mistake ends in one line and status 2, Ctrl-C in one and 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")  # a terminal may know ASCII alone
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # a terminal may know ASCII alone
     try:
-        sys.exit(main())
+        status = main()
+        print(end="", flush=True)
+        sys.exit(status)
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # of stdout: every file's is a UserError by now
+        os.write(2, f"error: the output cannot be written: {error.strerror}\n".encode())
+        os._exit(2)  # without a second attempt to write it
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; what was saved stays", file=sys.stderr)
         sys.exit(130)
@@ -254,7 +260,10 @@ def main(argv=None) -> int:
     args = checked(Command, given)
     if args.run and args.ckpt:
         raise UserError("--run and --ckpt: a run knows its checkpoint; give one of the two")
-    if not given.keys() & {"task", "run", "prompt", "export", "predictions"}:
+    asked = sorted(given.keys() & {"prompt", "export", "predictions"})
+    if asked[1:]:
+        raise UserError(f"{' and '.join(map(flag, asked))}: expected one of them at a time")
+    if not asked and not args.task and not args.run:
         raise UserError(f"--task: expected one of {', '.join(TASKS)} (or --prompt, --run, …)")
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     device = pick_device(args.device)

@@ -58,8 +58,8 @@ class Config:
     # PAPER SILENT: lambda and epsilon come from a grid search whose result is not given.
     kl_weight: float = option(1.0, "weight of the KL in the alignment (lambda)")
     prox: float = option(0.01, "weight of the clients' pull to what was broadcast (epsilon)")
-    rank: int = option(8, "LoRA rank", least=1)
-    alpha: float = option(16.0, "LoRA alpha")
+    rank: int = option(8, "LoRA rank", least=1, most=2**16)
+    alpha: float = option(16.0, "LoRA alpha", least=1e-9)
     clients_per_round: int = option(0, "clients that take part in a round (0: all)")
     align_norm: str = option("rms", "what the L2 is divided by", choices=("rms", "none"))
     align_tokens: str = option("answer", "tokens to align on", choices=("answer", "all"))
@@ -242,7 +242,7 @@ class Server:
         self.full, self.public, self.cfg, self.measured = full, public, cfg, {}
         self.kept, self.adapter = self.split(full.config.n_layers, cfg)
         self.cut = self.adapter[-cfg.adapter]  # the first layer on top of E
-        compressed = full.only(self.kept + self.adapter)
+        compressed = full.with_layers({i: full.layers[str(i)] for i in self.kept + self.adapter})
         rng = generator(cfg.seed, 0, SERVER)
         self.student = add_lora(compressed, cfg.rank, cfg.alpha, rng).requires_grad_(False)
         if cfg.align_init_on == "weights":
@@ -519,9 +519,6 @@ def federate(server, client, shards, cfg, wire, first_round: int = 0):
         weights = [1.0 if cfg.uniform_weights else float(m["examples"]) for m in metrics]
         # line 16: A <- sum p_m A_m, p_m = |D_m| / |D| as in Eq. 2
         measured = server.aggregate(t, uploads, weights)
-        yield {"round": t + 1,
-               "client_loss": fmean((m["loss"] for m in metrics), weights),
-               **measured,
-               "bytes_down": fmean(down),
-               "bytes_up": fmean(up or [0]),
-               "seconds": time.perf_counter() - start}
+        loss = sum(w * m["loss"] for w, m in zip(weights, metrics)) / sum(weights)
+        yield {"round": t + 1, "client_loss": loss, **measured, "bytes_down": fmean(down),
+               "bytes_up": fmean(up or [0]), "seconds": time.perf_counter() - start}

@@ -301,9 +301,6 @@ class LM(nn.Module):
         """The same embeddings, norm and head around other blocks. Nothing is copied."""
         return LM(self.config, layers, self.tok_embeddings, self.norm, self.output, self.stored)
 
-    def only(self, layer_ids) -> "LM":
-        return self.with_layers({i: self.layers[str(i)] for i in layer_ids})
-
     def caches(self, batch: int, slots: int) -> list[Tensor]:
         """Room for each block's keys and values, (2, B, G, S, d)."""
         shape = (2, batch, self.config.n_kv_heads, slots, self.config.head_dim)
@@ -403,7 +400,7 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
     state, parts = {}, defaultdict(list)
     for path, shards in weight_files(Path(folder)):
         for name, tensor in named_tensors(path, config):
-            if name not in known or not tensor.is_floating_point():
+            if name not in known or not tensor.is_floating_point() or tensor.itemsize < 2:
                 raise UserError(f"{path}: surplus tensor {name:.80} of {tensor.dtype}, which a "
                                 f"LLaMA of {config.n_layers} layers does not have")
             place = device if name in kept else "meta"
@@ -423,7 +420,7 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
         tensor = None  # unmaps this shard before the next
     with expecting(f"all tensors of a LLaMA of {config.n_layers} layers, from all shards", folder):
         lm.take(state)
-    return lm if layer_ids is None else lm.only(layer_ids)
+    return lm if layer_ids is None else lm.with_layers({i: lm.layers[str(i)] for i in layer_ids})
 
 def load(folder, layer_ids=None, dtype=torch.float32, device="cpu") -> tuple[LM, Tokenizer]:
     """The model and the tokenizer of a checkpoint folder, Meta's or Hugging Face's."""

@@ -177,7 +177,7 @@ def test_official_files_become_rows():
 
 
 def test_malformed_data_names_the_file_and_the_line():
-    # kills: blank lines not counted; fields unchecked
+    # kills: blank lines not counted; fields unchecked; a byte order mark taken for an error
     good = b'{"question": "q", "answer": "#### 1"}\n'
     with folder() as path:
         gsm8k_folder(path)
@@ -194,6 +194,8 @@ def test_malformed_data_names_the_file_and_the_line():
                              ("[{}]", "'instruction'"), ("[]", "no rows")):
             (path / "alpaca" / "alpaca_data.json").write_text(text)
             refused(lambda: data.make_public(path, tokenizer(), 512), *words)
+        (path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + good)     # the mark of Windows' editors
+        assert data.read_rows(path / "x.jsonl") == [{"question": "q", "answer": "#### 1"}]
         (path / "x.jsonl.gz").write_bytes(b"\x1f\x8b\x08junk")
         refused(lambda: data.read_rows(path / "x.jsonl.gz"), "x.jsonl.gz")
 

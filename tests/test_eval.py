@@ -1,6 +1,8 @@
 """GSM8K's answers, predictions and prompts; completing a prompt on the command line."""
 import json
 import re
+import subprocess
+import sys
 from decimal import Decimal
 from unittest.mock import patch
 
@@ -10,7 +12,7 @@ import model
 from model import UserError
 from tasks import gsm8k
 from tests.common import (
-    cli, folder, gsm8k_folder, meta_folder, one_line, refused, tiny_lm, tokenizer,
+    HERE, cli, folder, gsm8k_folder, meta_folder, one_line, refused, tiny_lm, tokenizer,
 )
 
 # a text, and the number that it answers
@@ -156,15 +158,33 @@ def test_prompts_are_completed_on_stdout_and_nothing_else():
         assert out == t.decode(prompt + ids)[len("Once upon"):] + "\n"
 
 
+def test_an_output_that_takes_nothing_is_one_line():
+    # kills: a traceback for a closed or a full stdout, at once or while the process ends
+    command = [sys.executable, HERE / "train.py", "--plan"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
+    assert done.stderr.startswith("error: the output cannot be written"), done
+    with patch.object(sys, "stdout", None):                 # `>&-` in a shell
+        try:
+            evaluation.main_guard(lambda: 7)
+        except SystemExit as end:
+            assert end.code == 7
+
+
 def test_a_checkpoint_is_scored_on_the_command_line():
-    # kills: notes among the JSON on stdout; status 0 or two lines for a user's mistake
+    # kills: notes among the JSON on stdout; status 0 or two lines for a user's mistake; one of two
+    # things that were asked for done, the other not
     with folder() as path:
         meta_folder(path / "c", tiny_lm(vocab_size=1024), tokenizer=True)
         argv = ("--task", "gsm8k", "--ckpt", path / "c", "--json")
         status, out, err = cli(*argv, "--limit", 1, "--max-new-tokens", 2, "--shots", 1,
                                main=evaluation.main)
         assert status == 0 and json.loads(out)["total"] == 1, err
-        for bad in (("--prompt", "x", "--ckpt", path / "none"), ("--limit", "-1"),
+        for bad in (("--prompt", "x", "--ckpt", path / "none"), ("--limit", "-1"), (),
+                    ("--prompt", "x", "--export", path / "new"),
+                    ("--prompt", "x", "--predictions", path / "no"),
+                    ("--prompt", "x", "--max-new-tokens", 10**9),
                     ("--task", "gsm8k", "--predictions", path / "no")):
             answer = cli(*bad, main=evaluation.main)
             one_line(answer)

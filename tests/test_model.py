@@ -286,7 +286,8 @@ def test_old_params_take_the_vocabulary_from_the_tokenizer():
 
 
 def test_damaged_checkpoints_are_refused_by_name():
-    # kills: missing or surplus let through; half a set taken for whole; anything but a dict read
+    # kills: missing or surplus let through; half a set taken for whole; anything but a dict read;
+    # 8-bit numbers, which mean nothing without their scales, taken for weights
     lm, first = tiny_lm(), "layers.0.attention.wq.weight"
 
     def edited(change):
@@ -310,6 +311,7 @@ def test_damaged_checkpoints_are_refused_by_name():
         (edited(lambda s: s.update({first: s[first][:-1].clone()})), first, "47", "48"),
         (edited(lambda s: s.update({first: s[first].T.reshape(96, 24)})), first, "[96, 24]"),
         (edited(lambda s: s.update({first: s[first].long()})), first, "int64"),
+        (edited(lambda s: s.update({first: s[first].to(torch.float8_e5m2)})), first, "float8"),
         (edited(lambda s: s.update({first: s[first][0, 0].clone()})), first, "[]"),
         (edited(lambda s: s.update({first: s[first].to_sparse()})), first, "plain tensors"),
         (edited(lambda s: s.clear()), "Missing"),

@@ -158,8 +158,9 @@ def test_presets_are_the_papers_and_the_authors():
 
 
 def test_a_mistake_in_a_flag_ends_in_one_line_and_status_2():
-    # kills: status 1; abbreviations; a share of 1e400 as a traceback
-    shares = ("1", "1.5", "-0.1", "nan", "x", "1/0", "0.9", "1e400", "-1e400")
+    # kills: status 1; abbreviations; a share of 1e400 as a traceback, of 1e300000000 for minutes; a
+    # rank that no memory holds; an alpha of 0; the meta device
+    shares = ("1", "1.5", "-0.1", "nan", "x", "1/0", "0.9", "1e400", "-1e400", "1e300000000")
     cases = [(["--task", "cooking"], "cooking", "gsm8k"), (["--drop", "0.2"], "--drop"),
              (["--method", "magic"], "magic", "fedbiot"), (["--adapter", "2.5"], "--adapter"),
              *[(["--dropout", share], "--dropout") for share in shares],
@@ -169,6 +170,9 @@ def test_a_mistake_in_a_flag_ends_in_one_line_and_status_2():
              (["--lr", "nan"], "--lr"), (["--prox", "-1"], "--prox"), (["--rank", 0], "--rank"),
              (["--batch-size", 0], "--batch-size"), (["--seed", "-1"], "--seed"),
              (["--clients-per-round", 4], "--clients-per-round 4"), (["--clients", 0], "--clients"),
+             (["--rank", 10**9], "--rank"), (["--alpha", 0], "--alpha"),
+             (["--device", "meta"], "--device meta"),
+             (["--validate", 1, "--task", "dolly"], "--validate", "gsm8k"),
              (["--device", "abacus"], "--device abacus"), (["--shots", 9], "--shots 9")]
     with folder() as path:
         flags = small_run(path)
