@@ -183,9 +183,9 @@ class Shard:
         a batch is padding."""
         rng = np.random.default_rng(key)
         size = min(batch_size, len(self))
-        passes = max(-(-steps * size // len(self)), 1)      # one also for no steps: none is drawn
+        passes = max(-(-steps * size // len(self)), 1)  # one also for no steps: none is drawn
         drawn = np.concatenate([rng.permutation(len(self)) for _ in range(passes)])[:steps * size]
-        width = size * min(10, len(self) // size)           # at most a pass: no copies in a batch
+        width = size * min(10, len(self) // size)  # at most a pass: no copies in a batch
         for window in np.split(drawn, range(width, len(drawn), width)):
             examples = [self.examples[self.indices[i]] for i in window]
             examples.sort(key=lambda e: len(e.ids))

@@ -118,7 +118,7 @@ class EvalConfig:
 def pick_device(name: str) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     with expecting("a device that PyTorch can use here, such as cpu or auto", f"--device {name}"):
-        torch.zeros(1, device=name).tolist()                # on "meta" there is nothing to read
+        torch.zeros(1, device=name).tolist()  # on "meta" there is nothing to read
         return torch.device(name)
 
 def pick_dtype(name: str, device) -> torch.dtype:

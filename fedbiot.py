@@ -115,7 +115,7 @@ def cross_entropy_rows(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     top, true = z.amax(-1, keepdim=True), z.gather(-1, y)
     p = torch.softmax(z, -1, out=z)
     lse = top - p.amax(-1, keepdim=True).log()                          # exact: max p >= 1 / V
-    return lse - true, p.scatter_add_(-1, y, -torch.ones_like(true))    # in fp32, before any cast
+    return lse - true, p.scatter_add_(-1, y, -torch.ones_like(true))  # in fp32, before any cast
 
 def kl_rows(t: Tensor, delta: Tensor, careful: bool) -> tuple[Tensor, Tensor]:
     """Teacher's logits t (n, V) fp32 and student's minus teacher's, both overwritten: KL (n, 1)
@@ -248,8 +248,8 @@ class Server:
         if cfg.align_init_on == "weights":
             self.give_own_weights(self.student.layers)
         self.aligned = not self.emulator
-        self.emulated = lora_tensors(self.student, self.kept)           # LoRA of E: trained here
-        self.tuned = lora_tensors(self.student, self.adapter)           # LoRA of A: averaged here
+        self.emulated = lora_tensors(self.student, self.kept)  # LoRA of E: trained here
+        self.tuned = lora_tensors(self.student, self.adapter)  # LoRA of A: averaged here
         for p in self.emulated.values():
             p.requires_grad_()
         adapter = {str(i): self.student.layers[str(i)] for i in self.adapter}
@@ -392,8 +392,8 @@ class Client:
         self.cfg = cfg
         lm = lm_from(bootstrap, device)
         self.lm = add_lora(lm, cfg.rank, cfg.alpha, generator(0)).requires_grad_(False)
-        self.received = lora_tensors(self.lm)                       # LoRA of E and A: a broadcast
-        self.tuned = lora_tensors(self.lm, self.adapter(lm, cfg))   # LoRA of A: trained here
+        self.received = lora_tensors(self.lm)  # LoRA of E and A: a broadcast
+        self.tuned = lora_tensors(self.lm, self.adapter(lm, cfg))  # LoRA of A: trained here
         for p in self.tuned.values():
             p.requires_grad_()
 

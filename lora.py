@@ -21,8 +21,8 @@ class LoRALinear(nn.Module):
         d_out, d_in = base.weight.shape
         self.weight, device = base.weight, base.weight.device  # W: (d_out, d_in), no copy
         A = nn.init.kaiming_uniform_(torch.empty(rank, d_in), a=math.sqrt(5), generator=generator)
-        self.lora_A = nn.Parameter(A.to(device))                                # A: (r, d_in)
-        self.lora_B = nn.Parameter(torch.zeros(d_out, rank, device=device))     # B: (d_out, r)
+        self.lora_A = nn.Parameter(A.to(device))  # A: (r, d_in)
+        self.lora_B = nn.Parameter(torch.zeros(d_out, rank, device=device))  # B: (d_out, r)
         self.scale = alpha / rank
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)

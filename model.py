@@ -71,8 +71,8 @@ def read_json(path, what: str = "JSON"):
 def read_saved(path, mapped=False):
     """What torch.save wrote. No code in the file is run, and its checksums are compared."""
     with open_file(path) as file, expecting("tensors as torch.save writes them", path):
-        if is_zip := zipfile.is_zipfile(file):                  # else the format before 2020
-            archive = zipfile.ZipFile(file)                     # torch.load ignores checksums
+        if is_zip := zipfile.is_zipfile(file):  # else the format before 2020
+            archive = zipfile.ZipFile(file)  # torch.load ignores checksums
             if archive.testzip() or any(r.compress_type for r in archive.infolist()):
                 raise ValueError("a record that is damaged or compressed")
         return torch.load(path, map_location="cpu", mmap=mapped and is_zip, weights_only=True)
@@ -94,8 +94,8 @@ def replacing(path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as own:
             yield Path(own) / path.name
-            os.rename(Path(own) / path.name, path)              # over a folder: only an empty one
-        folder = os.open(path.parent, os.O_RDONLY)              # the name must outlive a power cut
+            os.rename(Path(own) / path.name, path)  # over a folder: only an empty one
+        folder = os.open(path.parent, os.O_RDONLY)  # the name must outlive a power cut
         os.fsync(folder)
         os.close(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
@@ -261,8 +261,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, past=None, rows=None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, past)  # tokens look at each other
         if rows is not None:
-            x = x.flatten(0, 1)[rows]                               # (B, T, D) -> (N, D)
-        return x + self.feed_forward(self.ffn_norm(x))              # each token on its own
+            x = x.flatten(0, 1)[rows]  # (B, T, D) -> (N, D)
+        return x + self.feed_forward(self.ffn_norm(x))  # each token on its own
 
 class LM(nn.Module):
     """Embeddings, some blocks, final norm and head. `layers` is keyed by the *full* model's layer
@@ -446,9 +446,9 @@ def generate_batch(lm: LM, prompts, max_new_tokens: int, ends: tuple, pick) -> l
     x = lm.hidden(tokens, caches, rows=rows * longest + slots - 1)  # (B, D): each prompt's last
     look_every = 1 if device.type == "cpu" else 16                  # reading stalls a GPU
     for step in range(max_new_tokens):
-        logits = lm.output(x)                                       # (B, V)
+        logits = lm.output(x)  # (B, V)
         finite = finite & logits.isfinite().all()
-        token = pick(logits).masked_fill(done, ends[0])             # (B,)
+        token = pick(logits).masked_fill(done, ends[0])  # (B,)
         output[rows, step] = token
         done = done | (token[:, None] == last).any(-1)
         if step % look_every == 0 or step + 1 == max_new_tokens:

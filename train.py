@@ -321,7 +321,7 @@ def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
     tokenizer, known = load_tokenizer(cfg.ckpt, config), depends_on(cfg)
     public = make_public(cfg.data_dir, tokenizer, cfg.max_len)
     known["public data"] = digest_of(public.examples)
-    if processes:       # the data are with the clients: here stands whose rank, None for any
+    if processes:  # the data are with the clients: here stands whose rank, None for any
         shards = [m + 1 if cfg.own_data else None for m in range(cfg.clients)]
     else:
         shards = make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len,
