@@ -1,5 +1,6 @@
-"""Runs the python blocks of lesson.md in order, and compares what they print with the text blocks
-behind them.
+"""Runs the python blocks of lesson.md in order and compares what each prints with what it says.
+
+What a block is said to print is the text block that follows it.
 
     python docs/run_lesson.py              # exit status 0: the lesson says what happens
     python docs/run_lesson.py --write      # puts what was printed into the lesson
@@ -45,6 +46,7 @@ def ordered_alike(a: list[float], b: list[float]) -> bool:
 
 
 def alike(expected: str, found: str) -> bool:
+    """Whether the texts differ by no more than another CPU's sums may make them differ."""
     if DECIMAL.sub("#", expected) != DECIMAL.sub("#", found):
         return False
     pairs = list(zip(columns(expected), columns(found)))
@@ -56,9 +58,11 @@ def main(write: bool) -> int:
     os.chdir(HERE.parent)
     sys.path.insert(0, str(HERE.parent))
     torch.set_num_threads(1)                    # the same sums however many cores there are
-    text, names, wrong, start = (HERE / "lesson.md").read_text(), {}, 0, time.perf_counter()
+    text, start = (HERE / "lesson.md").read_text(), time.perf_counter()
+    names, wrong = {}, 0                        # the blocks' variables; how many blocks differ
 
     def run(block) -> str:
+        """The block with the text block that holds what it printed."""
         nonlocal wrong
         line = text[:block.start(1)].count("\n")
         found, expected = printed(block[1], line, names), block[3] or ""
@@ -66,6 +70,7 @@ def main(write: bool) -> int:
             wrong += 1
             print(f"lesson.md, line {line + 1}: expected\n{expected}\nfound\n{found}")
         return f"```python\n{block[1]}```\n" + (f"\n```text\n{found}```\n" if found else "")
+
     new = BLOCK.sub(run, text)
     if write:
         (HERE / "lesson.md").write_text(new)

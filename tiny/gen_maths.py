@@ -2,18 +2,39 @@
 
 Eight themes (THEMES) build a Story: sentences, the steps of the solution, and its answer.
 `split_of` says by a hash of the question where it may be used, so that no test question is
-ever trained on, whatever else changes in the mix. Nothing here is random but `rng`.
+ever trained on, whatever else changes. All that is random is drawn from the caller's `rng`.
 """
 import zlib
 
-NAMES = {"he": "Tom Ben Sam Leo Max Dan Jon Bob".split(), "she": "Ann Mia Eva Zoe Ida Amy Liz Kim".split()}
-ITEMS = "pens cards eggs cups books balls coins caps toys nuts stamps shells apples cakes plums".split()
-# How often pre-training answers a theme step by step. Clients always do: that is the gap they teach.
-STEPWISE = {"stock": .15, "shop": .25, "compare": .15, "earn": .20, "share": .70, "travel": .30,
-            "ages": .75, "seats": .20}
-# And in pre-training's last stage, short and at a low rate.
-SETTLED = {"stock": .30, "shop": .35, "compare": .30, "earn": .35, "share": .85, "travel": .50,
-           "ages": .90, "seats": .35}
+NAMES = {
+    "he": "Tom Ben Sam Leo Max Dan Jon Bob".split(),
+    "she": "Ann Mia Eva Zoe Ida Amy Liz Kim".split(),
+}
+ITEMS = ("pens cards eggs cups books balls coins caps toys nuts stamps shells apples cakes "
+         "plums").split()
+# How often pre-training answers a theme step by step. The clients' data always does: going step by
+# step more often is what federated tuning has to teach.
+STEPWISE = {
+    "stock": .15,
+    "shop": .25,
+    "compare": .15,
+    "earn": .20,
+    "share": .70,
+    "travel": .30,
+    "ages": .75,
+    "seats": .20,
+}
+# The same for the last stage of pre-training, which is short and at a low learning rate.
+SETTLED = {
+    "stock": .30,
+    "shop": .35,
+    "compare": .30,
+    "earn": .35,
+    "share": .85,
+    "travel": .50,
+    "ages": .90,
+    "seats": .35,
+}
 
 
 def split_of(question: str) -> str:
@@ -23,16 +44,18 @@ def split_of(question: str) -> str:
 
 
 class Story:
-    """Sentences, steps and a question; `calc` does the arithmetic and writes it down."""
+    """Sentences and the steps of the solution; `calc` does the arithmetic and writes it down."""
 
     def __init__(self, rng):
         self.rng, self.sentences, self.steps = rng, [], []
         pronoun = rng.choice(("he", "she"))
         self.name, self.he, self.He = rng.choice(NAMES[pronoun]), pronoun, pronoun.capitalize()
-        self.others = rng.sample([n for group in NAMES.values() for n in group if n != self.name], 2)
+        everybody = [n for group in NAMES.values() for n in group]
+        self.others = rng.sample([n for n in everybody if n != self.name], 2)
         self.item, self.item2, self.item3 = rng.sample(ITEMS, 3)
 
     def say(self, *variants):
+        """Adds one of several ways to say the same thing."""
         self.sentences.append(self.rng.choice(variants))
 
     def calc(self, label, a, op, b):
@@ -44,12 +67,17 @@ class Story:
     def distract(self):
         """A sentence with a number that does not matter, anywhere but first."""
         r, n = self.rng, self.rng.randint(2, 60)
-        text = r.choice((f"{self.others[0]} has {n} {self.item3}.", f"It is {n} degrees outside.",
-                         f"{self.others[1]} lives {n} miles away.", f"The bag weighs {n} pounds."))
+        text = r.choice((
+            f"{self.others[0]} has {n} {self.item3}.",
+            f"It is {n} degrees outside.",
+            f"{self.others[1]} lives {n} miles away.",
+            f"The bag weighs {n} pounds.",
+        ))
         self.sentences.insert(r.randint(1, len(self.sentences)), text)
 
 
 # ---- themes: each tells a story, ends it with a question, and returns the answer ----
+# s is the Story and r the generator of random numbers. An answer None: the story cannot be used.
 
 def stock(s, r):
     x = r.randint(12, 120)
@@ -65,7 +93,8 @@ def stock(s, r):
             x = s.calc(f"{s.He} keeps", x, "-", n)
         elif event == "pack":
             k, n = r.randint(2, 9), r.randint(4, 20)
-            s.say(f"{s.He} gets {k} boxes of {n} {s.item}.", f"{s.He} buys {k} bags with {n} {s.item} each.")
+            s.say(f"{s.He} gets {k} boxes of {n} {s.item}.",
+                  f"{s.He} buys {k} bags with {n} {s.item} each.")
             x = s.calc(f"{s.He} has", x, "+", s.calc("They hold", k, "*", n))
         elif event == "half" and x % 2 == 0:
             s.say(f"{s.He} sells half of the {s.item}.")
@@ -73,15 +102,18 @@ def stock(s, r):
         elif event == "double" and x < 250:
             s.say(f"Then {s.he} doubles the number of {s.item}.")
             x = s.calc(f"{s.He} has", x, "*", 2)
-    s.say(f"How many {s.item} does {s.name} have now?", f"How many {s.item} does {s.he} have in the end?")
+    s.say(f"How many {s.item} does {s.name} have now?",
+          f"How many {s.item} does {s.he} have in the end?")
     return x
 
 
 def shop(s, r):
     a, b, p, q = r.randint(2, 9), r.randint(2, 9), r.randint(3, 20), r.randint(3, 20)
-    s.say(f"{s.name} buys {a} {s.item} for {p} dollars each and {b} {s.item2} for {q} dollars each.",
-          f"{s.name} pays {p} dollars each for {a} {s.item} and {q} dollars each for {b} {s.item2}.")
-    x = s.calc("In all", s.calc(f"The {s.item} cost", a, "*", p), "+", s.calc(f"The {s.item2} cost", b, "*", q))
+    things, things2 = f"{a} {s.item}", f"{b} {s.item2}"
+    s.say(f"{s.name} buys {things} for {p} dollars each and {things2} for {q} dollars each.",
+          f"{s.name} pays {p} dollars each for {things} and {q} dollars each for {things2}.")
+    cost = s.calc(f"The {s.item} cost", a, "*", p)
+    x = s.calc("In all", cost, "+", s.calc(f"The {s.item2} cost", b, "*", q))
     if r.random() < .4:
         c = r.randint(3, min(30, x - 1))
         s.say(f"A coupon takes {c} dollars off.", f"{s.He} gets {c} dollars off.")
@@ -125,7 +157,8 @@ def compare(s, r):
 
 def earn(s, r):
     w, d, n = r.randint(8, 30), r.randint(2, 9), r.randint(10, 60)
-    s.say(f"{s.name} earns {w} dollars a day for {d} days.", f"{s.name} works {d} days for {w} dollars a day.")
+    s.say(f"{s.name} earns {w} dollars a day for {d} days.",
+          f"{s.name} works {d} days for {w} dollars a day.")
     x = s.calc(f"{s.He} earns", w, "*", d)
     if r.random() < .5:
         s.say(f"{s.He} already had {n} dollars.", f"{s.others[0]} gives {s.name} {n} dollars.")
@@ -141,7 +174,8 @@ def earn(s, r):
 def share(s, r):
     k, c, m = r.randint(2, 9), r.randint(6, 30), r.randint(2, 9)
     bad = k * c % m + m * r.randint(1, 4)
-    s.say(f"There are {k} boxes with {c} {s.item} each.", f"{s.name} has {k} boxes of {c} {s.item}.")
+    s.say(f"There are {k} boxes with {c} {s.item} each.",
+          f"{s.name} has {k} boxes of {c} {s.item}.")
     s.say(f"{bad} of the {s.item} are broken.", f"{bad} {s.item} are lost.")
     s.say(f"The rest are shared by {m} friends.", f"{m} friends share the rest.")
     x = s.calc("The boxes hold", k, "*", c)
@@ -158,7 +192,8 @@ def share(s, r):
 
 def travel(s, r):
     v, h, b = r.randint(8, 40), r.randint(2, 9), r.randint(5, 80)
-    s.say(f"{s.name} drives {v} miles an hour for {h} hours.", f"{s.name} rides {h} hours at {v} miles an hour.")
+    s.say(f"{s.name} drives {v} miles an hour for {h} hours.",
+          f"{s.name} rides {h} hours at {v} miles an hour.")
     s.say(f"Then {s.he} walks {b} miles.", f"After that {s.he} goes {b} miles by boat.")
     x = s.calc(f"{s.He} goes", s.calc(f"{s.He} drives", v, "*", h), "+", b)
     if r.random() < .35 and x < 250:
@@ -215,7 +250,7 @@ THEMES = {f.__name__: f for f in (stock, shop, compare, earn, share, travel, age
 
 
 def problem(rng, split: str) -> dict:
-    """One problem of a split: question, steps (text), answer (int), theme; 30 % have a distractor."""
+    """A problem of a split: question, steps (text), answer (int), theme. 30 % have a distractor."""
     while True:
         s, theme = Story(rng), rng.choice(list(THEMES))
         answer = THEMES[theme](s, rng)
@@ -226,7 +261,8 @@ def problem(rng, split: str) -> dict:
             s.distract()
         question = " ".join(s.sentences + [ask])
         if split_of(question) == split:
-            return {"question": question, "steps": "\n".join(s.steps), "answer": answer, "theme": theme}
+            return {"question": question, "steps": "\n".join(s.steps), "answer": answer,
+                    "theme": theme}
 
 
 def gsm8k_row(p: dict) -> dict:
