@@ -127,7 +127,8 @@ def make_examples(rows: list[Row], tokenizer, max_len: int, what: str) -> list[E
 def digest_of(examples: list[Example]) -> str:
     """A fingerprint of training data: what a resumed run must find again."""
     flat = np.concatenate([np.array([e.answer, *e.ids], np.int32) for e in examples])
-    return hashlib.sha256(flat.tobytes()).hexdigest()
+    labels = "\0".join(e.label for e in examples)
+    return hashlib.sha256(flat.tobytes() + labels.encode()).hexdigest()
 
 def partition(labels: list[str], clients: int, seed: int) -> list[list[int]]:
     """Index lists, one a client, every row in exactly one. Rows without labels: i.i.d., sizes

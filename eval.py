@@ -5,19 +5,20 @@ Appendix A. (The tasks other than GSM8K stand in tasks/.)
     python eval.py --ckpt llama-2-7b --data-dir data --task dolly --limit 200
     python eval.py --task gsm8k --predictions answers.jsonl
 """
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is one line also while the rest is imported
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped by Ctrl-C\n"), os._exit(130)))
+
 import argparse
 import json
-import os
 import re
-import signal
 import sys
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-
-if __name__ == "__main__":  # Ctrl-C is one line also while PyTorch is imported
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped by Ctrl-C\n"), os._exit(130)))
 
 import torch
 
@@ -131,7 +132,7 @@ def pick_dtype(name: str, device) -> torch.dtype:
 # number of the text. lm-evaluation-harness takes `####` strictly, or the last number. In all three
 # the text ends where the model begins a next question of its own.
 
-NEXT_QUESTION = re.compile(r"\n\s*(?:Q:|Question:|### Instruction:)")
+NEXT_QUESTION = re.compile(r"\n[^\S\n]*(?:Q:|Question:|### Instruction:)")
 MARKER = re.compile(r"the answer is|####", re.IGNORECASE)
 GROUPED = "[0-9]{1,3}(?:[,\u00a0\u2009\u202f][0-9]{2,3})*[,\u00a0\u2009\u202f][0-9]{3}(?![0-9])"
 NUMBER = re.compile(rf"(?:(?<![\w)])-)?\$?(?:(?:{GROUPED}|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")

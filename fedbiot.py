@@ -120,7 +120,6 @@ def cross_entropy_rows(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def kl_rows(t: Tensor, delta: Tensor, careful: bool) -> tuple[Tensor, Tensor]:
     """Teacher's logits t (n, V) fp32 and student's minus teacher's, both overwritten: KL (n, 1)
     and p_s - p_t.
-
     Close softmaxes lose their digits when subtracted. With c = lse_s - lse_t, log p_s - log p_t is
     delta - c, so p_s - p_t = (p_s + p_t) tanh((delta - c) / 2) keeps them. Every row should sum
     to 0; what it sums to is the rounding error of c, which is then taken out."""
@@ -158,7 +157,6 @@ class FusedLoss(torch.autograd.Function):
 
 def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """sum_i w_i * cross_entropy(W h_i, y_i): a scalar, fp32. Eq. 1.
-
     h (N, D) after the final norm, W (V, D) the frozen head (it gets no gradient), targets (N,)
     int64, weights (N,) fp32; a row of weight 0 is ignored, whatever it holds."""
     def chunk_loss(rows, w):
@@ -173,7 +171,6 @@ def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor)
 
 def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor) -> Tensor:
     """sum_i w_i * KL(softmax(W h_teacher_i) || softmax(W h_student_i)): a scalar, fp32. Eq. 4.
-
     h_* (N, D), W (V, D) frozen, weights (N,) fp32, 0 = ignored. Gradient for h_student only. The
     two logits' difference is W (h_s - h_t), so that bf16 rounds the *disagreement*: near agreement
     the gradient of two separately rounded softmaxes is noise."""
@@ -191,7 +188,6 @@ def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor) 
 
 def proximal(pairs, scale: float) -> Tensor:
     """Eq. 6: sum over (B, A, B0, A0) of ||scale (B A - B0 A0)||^2, a scalar, fp32.
-
     B (d_out, r), A (r, d_in). BA - B0A0 = [B - B0, B0] [A; A - A0] = L R, and ||L R||^2 is the sum
     of (L^T L) * (R R^T): no d x d matrix, and exact for deltas too small for B A - B0 A0 in fp32.
     """

@@ -13,7 +13,6 @@ TARGETS = ("wq", "wv")  # ABLATE: what carries LoRA
 
 class LoRALinear(nn.Module):
     """y = W x + (alpha / r) B A x with W frozen. B = 0, so it starts as W.
-
     W *is* base.weight: emulator and full model share one tensor, under its Meta name.
     A and B stay fp32: in bf16 an AdamW step below about 1/256 of a weight rounds to nothing."""
     def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
@@ -40,7 +39,6 @@ def twin_blocks(lm: LM) -> dict[str, Block]:
 
 def add_lora(lm: LM, rank: int, alpha: float, generator: torch.Generator) -> LM:
     """A new LM that shares `lm`'s tensors and has LoRA on TARGETS in every block.
-
     A is drawn on the CPU, layer by layer, so that a seed means the same start on every device."""
     twins = twin_blocks(lm)
     for twin in twins.values():

@@ -119,15 +119,9 @@ def write_folder(path, fill):
         fill(part)
 
 def fingerprint(path) -> str:
-    """sha256 of a file's size and content; above 64 MiB of 32 evenly spread samples of 64 KiB."""
+    """sha256 of a file's content."""
     with open_file(path) as file:
-        size, n = os.path.getsize(path), 2**16
-        starts = range(0, size, n) if size <= 2**26 else [i * (size - n) // 31 for i in range(32)]
-        digest = hashlib.sha256(str(size).encode())
-        for start in starts:
-            file.seek(start)
-            digest.update(file.read(n))
-        return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 def clean_text(text: str) -> str:
     """Text that UTF-8 can hold: two surrogates become their character, a lone one U+FFFD."""
@@ -247,7 +241,6 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """One pre-norm decoder layer: the unit that FedBiOT drops, freezes, ships and averages.
-
     It does not know its own index: an emulator has fewer blocks, and each must compute the
     same thing at any depth. `past` is (its cache, slots, mask), see LM.hidden. `rows` (N,), where
     given, are the positions b T + t that are wanted: the feed-forward is spared the others."""
@@ -388,7 +381,6 @@ def named_tensors(path: Path, config: ModelConfig):
 def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float32,
                  device="cpu") -> LM:
     """An LM from a folder's weights, frozen, with `layer_ids` (default: all) of its layers.
-
     Strict: every tensor of the architecture, in its shape, and nothing else; what stands twice (in
     two sets of files, or as a tied head) must be equal; else UserError. `dtype` None: as stored.
     One shard is mapped at a time, and copied tensor by tensor. Device "meta": nothing is read."""
@@ -474,7 +466,6 @@ def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos, batch_s
              temperature=0.0, top_k=0, top_p=1.0, generator=None, stop: int | None = None,
              progress: str | None = None) -> list[list[int]]:
     """New token ids of each prompt, without `eos` (an id or several), in the prompts' order.
-
     Greedy at temperature 0, else sampled with `generator` (on the model's device). Prompts are
     sorted by length so that a batch wastes little padding; batch_size 0: up to 64 whose caches take
     CACHE_BYTES. A text also ends behind the piece `stop`; `progress` names a progress bar."""

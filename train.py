@@ -4,12 +4,17 @@
     python train.py --task gsm8k --dropout 0.2 --adapter 2 --ckpt llama-2-7b --data-dir data
     python train.py --method fedtt --help
 """
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is one line also while the rest is imported
+    line = b"stopped by Ctrl-C\n" if os.environ.get("RANK", "0") == "0" else b""
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, line), os._exit(130)))
+
 import contextlib
 import fcntl
 import json
-import os
 import resource
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
@@ -17,10 +22,6 @@ from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-
-if __name__ == "__main__":  # Ctrl-C is one line also while PyTorch is imported
-    line = b"stopped by Ctrl-C\n" if os.environ.get("RANK", "0") == "0" else b""
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, line), os._exit(130)))
 
 import torch
 
@@ -142,7 +143,8 @@ def print_plan(p: dict, c: ModelConfig, cfg: RunConfig):
 # ---- run folder ---------------------------------------------------------------------------------
 
 COLUMNS = ("round", "client_loss", "align_l2", "align_kl", "bytes_down", "bytes_up", "seconds")
-FREE = {"out", "device", "client_timeout", "ckpt", "data_dir"}  # a resumed run may change these
+FREE = {"out", "device", "client_timeout", "ckpt", "proxy_ckpt", "data_dir", "init_lora",
+        "save_predictions"}  # a resumed run may change these
 
 def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
     """The run's folder, made the moment it is chosen, so that no second run can choose it too. An
@@ -184,33 +186,48 @@ def locked(folder: Path):
         with contextlib.suppress(OSError):
             folder.rmdir()  # where nothing was written
 
-def made_of(folder: Path) -> dict[str, str]:
-    """Fingerprints that tie a run's configuration to what it learnt."""
+def checkpoints(cfg: RunConfig) -> dict[str, str]:
+    """Fingerprints of the files of --ckpt and, for FedPT, of --proxy-ckpt."""
+    return {f"{flag(name)} {path.name}": fingerprint(path)
+            for name, folder in asdict(cfg).items() if name.endswith("ckpt") and folder
+            for path in sorted(Path(folder).glob("[!.]*")) if path.is_file()}
+
+def made_of(folder: Path, cfg: RunConfig) -> dict[str, str]:
+    """Fingerprints that tie what a run learnt to its configuration and its checkpoint."""
     files = (folder / name for name in ("config.json", "lora.pt", "emulator.pt"))
-    return {path.name: fingerprint(path) for path in files if os.path.isfile(path)}
+    own = {path.name: fingerprint(path) for path in files if os.path.isfile(path)}
+    return own | checkpoints(cfg)
 
 def read_run(folder: Path) -> RunConfig:
     """The configuration of a finished run, whose files are as the run wrote them."""
     if not os.path.isfile(folder / "summary.json"):
         raise UserError(f"--run {folder}: expected the folder of a finished run; go on with "
                         f"train.py --resume --out {folder}")
-    with expecting("config.json, lora.pt and emulator.pt as the run wrote them", folder):
-        if read_json(folder / "summary.json")["made_of"] != made_of(folder):
-            raise ValueError("another one; restore it, or train again")
+    with expecting("the files and the checkpoint of the run as it left them", folder):
         values = read_json(folder / "config.json")
         values["dropout"] = Fraction(values["dropout"])
-        return checked(config_of(values["method"]), values)
+        cfg = checked(config_of(values["method"]), values)
+        then, now = read_json(folder / "summary.json")["made_of"], made_of(folder, cfg)
+        for name in then | now:
+            if then.get(name) != now.get(name):
+                raise ValueError(f"another {name}; restore it, or train again")
+        return cfg
 
 def load_state(folder: Path, now: dict[str, str]) -> dict | None:
     """What the last finished round left, or None. `now` is what the run depends on, by name: flags,
     data and checkpoint; a state of other ones is refused."""
     path = folder / "state.pt"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     state = read_saved(path)
     with expecting("a state that can be resumed; move it away to start anew", path):
-        then, rounds = state["depends_on"] | {}, [row["round"] for row in state["rows"]]
-        state["server"]["learnt"], state["metrics"] | {}, state["seconds"] + len(rounds)
+        then, rows = state["depends_on"] | {}, state["rows"]
+        if [row["round"] for row in rows] != [*range(1, len(rows) + 1)]:
+            raise ValueError("rows that are not rounds 1, 2, …")
+        [row[name] + 0.0 for row in rows for name in ("client_loss", *COLUMNS[4:])]
+        state["server"]["learnt"], [m["accuracy"] for m in state["metrics"].values()]
+        if "emulator.pt" in then:
+            now = now | {"emulator.pt": fingerprint(folder / "emulator.pt")}
     for name, value in now.items():
         if value != then.get(name):
             raise UserError(f"{path}: was made with {name} {then.get(name)}, now it is "
@@ -219,21 +236,17 @@ def load_state(folder: Path, now: dict[str, str]) -> dict | None:
 
 def depends_on(cfg: RunConfig) -> dict[str, str]:
     """Flags, and fingerprints of test files and checkpoint, all read before the first step."""
-    tests = room(TASKS[cfg.task].module).prepare(cfg)
-    ckpt = [p for p in Path(cfg.ckpt).iterdir() if p.is_file() and p.name[0] != "."]
+    tests = {path.name: fingerprint(path) for path in room(TASKS[cfg.task].module).prepare(cfg)}
     flags = {flag(name): value for name, value in as_json(cfg).items() if name not in FREE}
-    return flags | {path.name: fingerprint(path) for path in [*tests, *sorted(ckpt)]}
+    return flags | tests | checkpoints(cfg)
 
 def round_line(r: dict, rounds: int, accuracies) -> str:
-    """One aligned line; numbers whose names begin alike (align_l2, align_kl) stand together."""
-    groups = {}
-    for name in (n for n in r if n not in (*COLUMNS[:2], *COLUMNS[4:], *accuracies)):
-        stem, _, rest = name.partition("_")
-        groups.setdefault(stem, []).append(f"{rest} {r[name]:.3f}".strip())
+    """One aligned line of a round, with all that the method has measured."""
+    measured = [name for name in r if name not in (*COLUMNS[:2], *COLUMNS[4:], *accuracies)]
     return " | ".join([
         f"round {r['round']:{len(str(rounds))}d}",
         f"client {r['client_loss']:.3f}",
-        *(" ".join([stem, *values]) for stem, values in groups.items()),
+        *(f"{name.replace('_', ' ')} {r[name]:.3f}" for name in measured),
         f"down {megabytes(r['bytes_down'])} up {megabytes(r['bytes_up'])}",
         f"{r['seconds']:.0f} s",
         *(f"{n} {r[n]:.1%}" for n in accuracies if n in r)])
@@ -263,6 +276,7 @@ class Run:
             stored = {name: p.to(server.full.stored or p.dtype).cpu()
                       for name, p in server.emulator.items()}
             write_file(folder / "emulator.pt", lambda file: torch.save(stored, file))
+            state["depends_on"]["emulator.pt"] = fingerprint(folder / "emulator.pt")
         if self.rows:
             self.evaluate_if_due()
             self.save()
@@ -311,7 +325,7 @@ class Run:
             "trainable_params": trainable,
             "peak_memory_bytes": on_gpu or resident,
             "seconds": self.state["seconds"],
-            "made_of": made_of(self.folder)}
+            "made_of": made_of(self.folder, cfg)}
         write_json(self.folder / "summary.json", summary)
         return summary
 

@@ -534,7 +534,7 @@ def test_a_new_alignment_term_is_minimised_and_reaches_the_record_and_the_rounds
             assert 0 < record["align_cosine"] < 2
             line = train.round_line(record, 2, ())
             l2, kl, cosine = (f"{record[f'align_{n}']:.3f}" for n in ("l2", "kl", "cosine"))
-            assert f"| align l2 {l2} kl {kl} cosine {cosine} |" in line, line
+            assert f"| align l2 {l2} | align kl {kl} | align cosine {cosine} |" in line, line
         plain = run(fedbiot.Server, mode)[1]
         assert not same(learnt, plain)
         with patch.object(WithCosine, "weight", 0.0):
