@@ -224,3 +224,10 @@ def test_missing_files_are_fetched_once_checked_and_renamed():
         with offered(dead, sha), folder() as target:
             refused(lambda: data.find_file(target, name), dead, target / name)
         refused(lambda: data.find_file(path, "helm_qa/none.jsonl"), path / "helm_qa/none.jsonl")
+
+
+def test_a_digest_knows_tokens_masks_and_labels():
+    # kills: labels left out: other categories are another partition
+    one = data.Example([1, 2, 3], 2, "a")
+    others = [one._replace(ids=[1, 2, 4]), one._replace(answer=1), one._replace(label="b")]
+    assert len({data.digest_of([example, one]) for example in [one, *others]}) == 4

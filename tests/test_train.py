@@ -559,7 +559,8 @@ def test_resume_of_a_finished_run_and_of_none():
 
 
 def test_resume_refuses_other_flags_and_a_cut_state():
-    # kills: the flags of the state not compared; a short state as a traceback
+    # kills: the flags of the state not compared; a short state as a traceback; rows of other rounds,
+    # or without their numbers, gone on from; a link taken for no state
     with folder() as path, fast_scores():
         flags, run = small_run(path), path / "run"
         with stops_at(train.Run, "finish", 0):
@@ -569,6 +570,17 @@ def test_resume_refuses_other_flags_and_a_cut_state():
         assert (run / "state.pt").read_bytes() == state
         (run / "state.pt").write_bytes(state[:900])
         one_line(cli(*flags, "--out", run, "--resume"), "state.pt")
+        (run / "state.pt").write_bytes(state)
+        rows = torch.load(run / "state.pt")["rows"]
+        for odd in ({"rows": rows[:1] * 2}, {"rows": [rows[0] | {"round": "1"}]},
+                    {"rows": [{"round": 1}]}, {"metrics": {"base": 3}}):
+            torch.save(torch.load(run / "state.pt") | odd, run / "state.pt")
+            one_line(cli(*flags, "--out", run, "--resume"), "state.pt")
+            (run / "state.pt").write_bytes(state)
+        (run / "state.pt").unlink()
+        (run / "state.pt").symlink_to("state.pt")               # not there, and yet not absent
+        one_line(cli(*flags, "--out", run, "--resume"), "state.pt")
+
 
 def rewritten(path: Path, old: str, new: str):
     text = path.read_text()
@@ -590,6 +602,7 @@ def test_resume_refuses_other_data_and_another_checkpoint():
                 (path / "data" / "alpaca" / "alpaca_data.json",
                  lambda f: rewritten(f, "Repeat 3", "Repeat 9")),
                 (path / "ckpt" / "params.json", lambda f: rewritten(f, "500.0", "501.0")),
+                (run / "emulator.pt", lambda f: f.write_bytes(f.read_bytes()[:-1] + b"!")),
                 (path / "ckpt" / "consolidated.00.pth",
                  lambda f: meta_folder(f.parent, tiny_lm(1, vocab_size=1024), tokenizer=True))):
             content = file.read_bytes()
@@ -604,7 +617,8 @@ def test_resume_refuses_other_data_and_another_checkpoint():
 
 
 def test_eval_refuses_a_run_whose_files_are_not_its_own():
-    # kills: lora.pt of another run under this one's alpha; a configuration changed by hand
+    # kills: lora.pt of another run under this one's alpha; a configuration changed by hand; another
+    # checkpoint under the same path
     with folder() as path, fast_scores():
         flags, run = small_run(path, *WEIGHTS) + ["--rounds", 1], path / "run"
         assert cli(*flags, "--out", run)[0] == 0
@@ -628,3 +642,5 @@ def test_eval_refuses_a_run_whose_files_are_not_its_own():
                 one_line(evaluated(), str(run))
                 (run / name).write_bytes(original[name])
         assert evaluated()[0] == 0
+        meta_folder(path / "ckpt", tiny_lm(1, vocab_size=1024), tokenizer=True)
+        one_line(evaluated(), str(run), "another --ckpt consolidated.00.pth")
