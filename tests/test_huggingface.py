@@ -264,7 +264,8 @@ def test_two_configurations_must_say_the_same():
 # ---- configuration ------------------------------------------------------------------------------
 
 def test_what_is_not_a_plain_llama_is_refused_by_name():
-    # kills: rope_scaling or attention_bias ignored; partial rotation ignored; a string as bool
+    # kills: rope_scaling or attention_bias ignored; partial rotation ignored; a string as bool;
+    # attention that also looks ahead (is_causal), or at a window
     scaled = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500.0}
     half = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
     for changes, word in (
@@ -280,6 +281,8 @@ def test_what_is_not_a_plain_llama_is_refused_by_name():
             ({"num_key_value_heads": 4}, "n_kv_heads"), ({"num_hidden_layers": 0}, "n_layers"),
             ({"num_hidden_layers": 10**9}, "n_layers"), ({"hidden_size": "x"}, "config.json"),
             ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+            ({"is_causal": False}, "is_causal"),
+            ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
             ({"rms_norm_eps": -1}, "norm_eps"), ({"num_attention_heads": 0}, "config.json")):
         with folder() as path:
             (path / "config.json").write_text(hf_config(CONFIG, **changes))
@@ -314,7 +317,8 @@ def test_params_json_gives_back_every_width():
 
 
 def test_ids_that_end_a_text_are_the_tokenizers_and_the_sources():
-    # kills: generation_config.json ignored; config.json's added to it; the tokenizer's left out
+    # kills: generation_config.json ignored; config.json's added to it; the tokenizer's left out; an
+    # id that no tensor can hold
     with folder() as path:
         hf_folder(path, tiny_lm())
         (path / "tokenizer.model").write_bytes(pieces())            # EOS 2
@@ -325,7 +329,7 @@ def test_ids_that_end_a_text_are_the_tokenizers_and_the_sources():
             text = {} if generation == {} else {"eos_token_id": generation}
             (path / "generation_config.json").write_text(json.dumps(text))
             assert model.load_tokenizer(path, CONFIG).ends == ends, (config, generation)
-        for odd in ("</s>", -1, [2, "x"], {"a": 1}, 2.0, True):
+        for odd in ("</s>", -1, [2, "x"], {"a": 1}, 2.0, True, 2**70):
             (path / "generation_config.json").write_text(json.dumps({"eos_token_id": odd}))
             refused(lambda: model.load_tokenizer(path, CONFIG), "eos_token_id", "generation_config")
 
@@ -432,8 +436,19 @@ def test_an_export_has_what_generation_needs_whatever_the_ids_are():
         about = json.loads((out / "tokenizer_config.json").read_text())
         assert (about["bos_token"], about["eos_token"]) == ("<go>", "<stop>")
         assert about["unk_token"] == "<unk>" and about["add_bos_token"] is True
+        assert about["add_prefix_space"] is True
         for made in (out, exported(path / "meta", tiny_lm(), "meta", source)):
             assert (made / "tokenizer.model").read_bytes() == pieces(**odd)
+
+
+def test_an_export_says_whether_its_tokenizer_begins_a_text_with_a_space():
+    # kills: transformers' default, a space, for a tokenizer that sets none before a text
+    with folder() as path:
+        for given in (False, True):
+            source = meta_source(path / f"{given}", tiny_lm(), add_dummy_prefix=given)
+            out = exported(path / f"{given}-out", tiny_lm(), "hf", source)
+            about = json.loads((out / "tokenizer_config.json").read_text())
+            assert about["add_prefix_space"] is given
 
 
 FACTS = {"config.json": {"max_position_embeddings": 777, "eos_token_id": [2, 9], "pad_token_id": 4,
