@@ -3,6 +3,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -17,6 +18,7 @@ import torch
 
 import lora
 import model
+import train
 from extras import huggingface, peft
 from model import LM, ModelConfig
 from tests.common import (CONFIG, PARAMS, folder, hf_config, hf_folder, hf_state,
@@ -648,10 +650,18 @@ def theirs_generate(transformers, out: Path, texts, prompts) -> list:
 
 # ---- --init-lora --------------------------------------------------------------------------------
 
-def a_run(path: Path, server) -> Path:
+def a_run(path: Path, server, **about) -> Path:
+    """A finished run's folder, of rank 4 and alpha 16 unless `about` says otherwise."""
     path.mkdir()
     torch.save(server.state_dict()["learnt"], path / "lora.pt")
-    (path / "config.json").write_text(json.dumps({"rank": 4, "alpha": 16.0}))
+    config = train.as_json(train.parse(["--rank", "4"])) | about
+    (path / "config.json").write_text(json.dumps(config))
+    return sealed(path)
+
+
+def sealed(path: Path) -> Path:
+    """The folder's files as they are now are the run's own."""
+    (path / "summary.json").write_text(json.dumps({"made_of": train.made_of(path)}))
     return path
 
 
@@ -692,18 +702,51 @@ def test_what_cannot_be_a_start_is_refused_and_nothing_is_copied():
         refused(lambda: started(path), "--init-lora", "lora.pt")
         shutil.copy(run / "lora.pt", adapter / "lora.pt")
         refused(lambda: started(adapter), "both")
-        for about in ({"rank": 2, "alpha": 16.0}, {"rank": 4}, {"rank": 4, "alpha": "x"}, [],
-                      {"rank": 0, "alpha": 16.0}, {"rank": 4, "alpha": 0},
-                      {"rank": 4.0, "alpha": 1}):
-            (run / "config.json").write_text(json.dumps(about))
-            refused(lambda: started(run), "--init-lora", "run/lora.pt")
-        (run / "config.json").write_text(json.dumps({"rank": 4, "alpha": 16.0}))
+        for i, about in enumerate(({"rank": 2}, {"alpha": "x"}, {"rank": 0}, {"alpha": 0.0},
+                                   {"rank": 4.0})):
+            refused(lambda: started(a_run(path / f"run{i}", there, **about)), f"run{i}", *about)
         far = {f"layers.77.attention.wq.lora_{x}": random(*shape)
                for x, shape in (("A", (4, 48)), ("B", (48, 4)))}
         for content, word in ((far, "another model"), ([1], "dict"), ({}, "another model"),
                               ({n: t for n, t in far.items() if n.endswith("A")}, "lora_B")):
             torch.save(content, run / "lora.pt")
+            sealed(run)
             refused(lambda: started(run), word)
+
+
+def test_a_run_whose_files_are_not_its_own_is_no_start():
+    # kills: alpha taken from an edited config.json; a folder without a summary; another lora.pt
+    with folder() as path:
+        there = toy_server()
+        run = a_run(path / "run", there)
+        shutil.copy(run / "lora.pt", run / "best.pt")
+        refused(lambda: started(run / "best.pt"), "--init-lora", "lora.pt")
+        other = a_run(path / "other", toy_server(rank=4, adapter=1))
+        about = (run / "config.json").read_bytes().replace(b'"alpha": 16.0', b'"alpha": 32.0')
+        for name, content in (("config.json", about), ("summary.json", b"[]"),
+                              ("lora.pt", (other / "lora.pt").read_bytes())):
+            shutil.copytree(run, path / name)
+            (path / name / name).write_bytes(content)
+            refused(lambda: started(path / name), "as the run wrote them")
+        (run / "summary.json").unlink()
+        refused(lambda: started(run), "--init-lora", "finished run")
+
+
+def test_numbers_that_are_not_finite_or_stand_twice_are_no_start():
+    # kills: a NaN copied into the server's LoRA; of two tensors with one meaning the last taken
+    with folder() as path:
+        adapter = exported(path / "peft", toy_server().teacher, "peft", path)
+        file = adapter / "adapter_model.safetensors"
+        named = {n: t.clone() for n, t in huggingface.read_safetensors(file).items()}
+        q = "base_model.model.model.layers.4.self_attn.q_proj.lora_A.weight"
+        bare = q.removeprefix("base_model.model.")
+        for change, words in (({bare: named[q] + 1}, (bare, "another name")),
+                              ({q: named[q] * math.inf}, ("layers.4.attention.wq", "finite"))):
+            write_safetensors(file, named | change)
+            refused(lambda: started(adapter), "--init-lora", *words)
+        run = toy_server()
+        run.tuned["layers.4.attention.wv.lora_B"].data[0, 0] = math.nan
+        refused(lambda: started(a_run(path / "run", run)), "--init-lora", "wv.lora_B", "finite")
 
 
 def test_an_adapter_is_read_only_where_all_it_says_is_known_to_be_plain():
@@ -773,10 +816,13 @@ def test_the_emulators_weights_of_a_run_are_a_start_too():
         run, own = a_run(path / "run", toy_server()), {name: random(48, 48)}
         assert name.removesuffix(".weight") in started_with(dict(own))[1], "a note: it starts anew"
         torch.save({name: random(48, 48, seed=5).bfloat16()}, run / "emulator.pt")
+        sealed(run)
         server, err = started_with({name: random(48, 48)})
         assert torch.equal(server.emulator[name], random(48, 48, seed=5).bfloat16().float()), err
         assert "not used" in started_with({})[1]
         torch.save({name: random(48, 47)}, run / "emulator.pt")
+        sealed(run)
         refused(lambda: started_with(own), name, "[48, 47]")
         torch.save([1], run / "emulator.pt")
+        sealed(run)
         refused(lambda: started_with(own), "emulator.pt", "dict")
