@@ -330,12 +330,16 @@ def write_hf(folder: Path, state: dict[str, Tensor], config: ModelConfig, source
     length = facts(source / "params.json").get("max_seq_len") or 4096       # LLaMA 2's
     dtype = str(state["layers.0.attention.wq.weight"].dtype).removeprefix("torch.")
     theirs = {"max_position_embeddings": length} | theirs | to_config(config) | ids
+    theirs.pop("layer_types", None)                             # one a layer, of the source's
     theirs.pop("dtype", None)                                   # transformers 5's name of the next
     write_json(folder / "config.json", theirs | {"torch_dtype": dtype})
     write_json(folder / "generation_config.json", facts(source / "generation_config.json") | ids)
     if not os.path.isfile(source / "tokenizer.json"):           # which knows all of it itself
-        about = special_tokens(tokenizer) | facts(source / "tokenizer_config.json")
-        write_json(folder / "tokenizer_config.json", about)
+        about, own = facts(source / "tokenizer_config.json"), special_tokens(tokenizer)
+        theirs = {name: about[name] for name in about if about[name] != ""}     # old ones: no token
+        made_with = {name: own[name] for name in ("tokenizer_class", "add_bos_token",
+                                                  "add_eos_token")}
+        write_json(folder / "tokenizer_config.json", own | theirs | made_with)
     own = {name: t for name, t in state.items() if name != "output.weight" or not config.tied}
     write_safetensors(folder / "model.safetensors", to_hf(own, config))
 

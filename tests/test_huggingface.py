@@ -499,6 +499,26 @@ def test_a_hugging_face_sources_own_facts_survive():
             assert (again / name).read_bytes() == (out / name).read_bytes(), name
 
 
+def test_a_sources_facts_do_not_contradict_what_is_written():
+    # kills: a type for each layer of the source beside fewer layers; the empty tokens, the class
+    # and the lack of BOS that old tokenizer_config.json have
+    with folder() as path:
+        source = hugging_face_source(path / "hf", tiny_lm())
+        config = json.loads((source / "config.json").read_text())
+        config["layer_types"] = ["full_attention"] * CONFIG.n_layers
+        (source / "config.json").write_text(json.dumps(config))
+        (source / "tokenizer_config.json").write_text(json.dumps(
+            {"tokenizer_class": "LLaMATokenizer", "bos_token": "", "eos_token": "", "unk_token": "",
+             "add_bos_token": False, "add_eos_token": True, "model_max_length": 99}))
+        out = exported(path / "out", model.load(source, layer_ids=[0, 3])[0], "hf", source)
+        assert "layer_types" not in json.loads((out / "config.json").read_text())
+        about = json.loads((out / "tokenizer_config.json").read_text())
+        expected = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+                    "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False,
+                    "model_max_length": 99}
+        assert about | expected == about, about
+
+
 def test_a_peft_adapter_is_the_difference_in_hugging_faces_layout():
     # kills: lora_B of wq left as Meta's; alpha / r in place of alpha
     with folder() as path:

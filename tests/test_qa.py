@@ -176,7 +176,8 @@ def test_every_value_of_a_row_is_checked():
     wrong += [(qa.hellaswag, GOLF | change) for change in (
         {"endings": "abcd"}, {"endings": [1, 2, 3, 4]}, {"endings": ["a", "b", "c"]},
         {"endings": ["a", "b", "c", ""]}, {"endings": ["a", " ", "c", "d"]}, {"label": True},
-        {"label": 2.0}, {"label": ""}, {"label": -1}, {"label": 4}, {"label": None}, {"activity_label": None}, {"ctx_b": None})]
+        {"label": 2.0}, {"label": ""}, {"label": -1}, {"label": 4}, {"label": None},
+        {"activity_label": None}, {"ctx_b": None})]
     wrong += [(qa.quac, bad) for bad in (
         {**QUAC, "paragraphs": {}}, {**QUAC, "paragraphs": ["text"]}, {**QUAC, "title": None},
         {**QUAC, "background": 5}, quac_with(answers="one"), quac_with(answers=["one"]),
