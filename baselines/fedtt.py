@@ -104,8 +104,8 @@ def fingerprint(cores: Payload) -> Tensor:
 
 @dataclass(frozen=True)
 class Flags:
-    tt_rank: int = option(5, "FedTT: rank of the tensor trains", least=1)
-    tt_bottleneck: int = option(64, "FedTT: width inside an adapter", least=1)
+    tt_rank: int = option(5, "FedTT: rank of the tensor trains", least=1, most=1024)
+    tt_bottleneck: int = option(64, "FedTT: width inside an adapter", least=1, most=2**16)
     tt_bias: bool = option(False, "FedTT: biases in the adapters")
 
 

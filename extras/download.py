@@ -68,6 +68,8 @@ def download(url: str, path: Path):
             while block := answer.read(1 << 20):
                 file.write(block)
                 bar.update(len(block))
+        if size and file.tell() != size:            # read() ends without a word where the wire does
+            raise OSError(f"{file.tell():,} of {size:,} bytes came")
 
 
 def verify(path: Path, url: str, check):

@@ -59,7 +59,9 @@ def from_config(c: dict) -> ModelConfig:
              "partial_rotary_factor": all(rope.get("partial_rotary_factor") in (None, 1)
                                           for rope in [c, *ropes]),
              "head_dim": c.get("head_dim") in (None, dim // heads),
-             "tie_word_embeddings": c.get("tie_word_embeddings") in (None, True, False)}
+             "tie_word_embeddings": c.get("tie_word_embeddings") in (None, True, False),
+             "is_causal": c.get("is_causal") in (None, True),            # False: made an encoder
+             "layer_types": {*(c.get("layer_types") or [])} <= {"full_attention"}}
     plain |= {name: not c.get(name) for name in (
         "attention_bias", "mlp_bias", "quantization_config", "sliding_window", "auto_map")}
     for name in (name for name, fine in plain.items() if not fine):
@@ -77,7 +79,7 @@ def end_ids(folder: Path) -> list[int]:
         with expecting("an eos_token_id that is an id or a list of ids", path):
             if (ids := content.get("eos_token_id")) is not None:
                 ids = ids if isinstance(ids, list) else [ids]
-                if not all(type(i) is int and i >= 0 for i in ids):
+                if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
                     raise ValueError(str(ids))
                 return ids
     return []
@@ -312,10 +314,11 @@ def facts(path: Path) -> dict:
 def special_tokens(tokenizer) -> dict:
     """What tokenizer_config.json says where the source does not say it, as Meta's."""
     piece = tokenizer.pieces.id_to_piece
+    spaced = tokenizer.pieces.encode("a", out_type=str)[0].startswith("\u2581")    # before a text
     return {"tokenizer_class": "LlamaTokenizer", "bos_token": piece(tokenizer.bos),
             "eos_token": piece(tokenizer.eos), "unk_token": piece(tokenizer.pieces.unk_id()),
-            "add_bos_token": True, "add_eos_token": False, "legacy": False,
-            "clean_up_tokenization_spaces": False}
+            "add_bos_token": True, "add_eos_token": False, "add_prefix_space": spaced,
+            "legacy": False, "clean_up_tokenization_spaces": False}
 
 
 def write_hf(folder: Path, state: dict[str, Tensor], config: ModelConfig, source: Path):
@@ -327,12 +330,16 @@ def write_hf(folder: Path, state: dict[str, Tensor], config: ModelConfig, source
     length = facts(source / "params.json").get("max_seq_len") or 4096       # LLaMA 2's
     dtype = str(state["layers.0.attention.wq.weight"].dtype).removeprefix("torch.")
     theirs = {"max_position_embeddings": length} | theirs | to_config(config) | ids
+    theirs.pop("layer_types", None)                             # one a layer, of the source's
     theirs.pop("dtype", None)                                   # transformers 5's name of the next
     write_json(folder / "config.json", theirs | {"torch_dtype": dtype})
     write_json(folder / "generation_config.json", facts(source / "generation_config.json") | ids)
     if not os.path.isfile(source / "tokenizer.json"):           # which knows all of it itself
-        about = special_tokens(tokenizer) | facts(source / "tokenizer_config.json")
-        write_json(folder / "tokenizer_config.json", about)
+        about, own = facts(source / "tokenizer_config.json"), special_tokens(tokenizer)
+        theirs = {name: about[name] for name in about if about[name] != ""}     # old ones: no token
+        made_with = {name: own[name] for name in ("tokenizer_class", "add_bos_token",
+                                                  "add_eos_token")}
+        write_json(folder / "tokenizer_config.json", own | theirs | made_with)
     own = {name: t for name, t in state.items() if name != "output.weight" or not config.tied}
     write_safetensors(folder / "model.safetensors", to_hf(own, config))
 

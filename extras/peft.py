@@ -75,6 +75,8 @@ def translated(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
         heads = turned_heads(name, config)
         if t.dim() != 2 or heads and len(t) != heads * config.head_dim:
             raise UserError(f"{theirs:.100} of another model, {list(t.shape)}")
+        if name in out:
+            raise UserError(f"{theirs:.100}, which is there by another name too; remove one")
         out[name] = reorder(name, t, config, from_hf=True)
     return out
 
@@ -111,14 +113,16 @@ def read_peft(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def read_run(file: Path) -> dict[str, Tensor]:
-    """A and (alpha / r) B of a run's lora.pt, whose configuration stands beside it."""
-    if not os.path.isfile(file):
-        raise UserError(f"--init-lora {file}: no such file; expected the folder of a finished run, "
-                        f"its lora.pt, or the folder of a PEFT LoRA adapter")
-    about, tensors = read_json(file.with_name("config.json")), read_pickle(file)
-    with expecting("what a run has learnt, its config.json beside it", f"--init-lora {file}"):
+    """A and (alpha / r) B of a run's lora.pt; the run's folder says which configuration it has."""
+    there = all(os.path.isfile(file.with_name(name)) for name in ("lora.pt", "summary.json"))
+    if not there or file.name != "lora.pt":
+        raise UserError(f"--init-lora {file}: expected the folder of a finished run, its lora.pt, "
+                        f"or the folder of a PEFT LoRA adapter; found no such file")
+    import train                                            # here: train.py needs no room to start
+    about, tensors = train.read_run(file.parent), read_pickle(file)
+    with expecting("what a run has learnt", f"--init-lora {file}"):
         lora = {name: t for name, t in tensors.items() if ".lora_" in name}
-        return scaled(lora, about["rank"], about["alpha"])
+        return scaled(lora, about.rank, about.alpha)
 
 
 # ---- --init-lora --------------------------------------------------------------------------------
@@ -154,6 +158,9 @@ def fill(path: Path, own: dict[str, Tensor], given: dict[str, Tensor], scale: fl
         if t.shape != own[n].shape:
             raise UserError(f"--init-lora {path}: of another --rank or another model: its {n} is "
                             f"{list(t.shape)}, here {list(own[n].shape)}")
+        if not t.isfinite().all():
+            raise UserError(f"--init-lora {path}: its {n} has numbers that are not finite; take "
+                            f"what was learnt before, or another adapter")
     for text, names in (("not used", given.keys() - own.keys()),
                         ("not in it, starts anew", own.keys() - fits.keys())):
         if stems := sorted({name.rsplit(".", 1)[0] for name in names}):

@@ -364,11 +364,16 @@ def read_problems(data_dir, lang: str) -> dict[str, dict]:
     rows = [dict(zip(names, texts)) for texts in texts_of(read_rows(path), path, names)]
     if not rows:
         raise UserError(f"{path}: expected problems, one a line; the file has none")
+    word = next(word for word, folder in LANGS.items() if folder == lang)
+    ids = [row["task_id"] for row in rows]
     for i, row in enumerate(rows, 1):
         opened = lang != "cpp" or "{" in code_of(row["prompt"], lang)
-        if row["test"].count("}") < LAST_WORD[lang][0] or not opened:
+        if row["test"].count("}") < LAST_WORD[lang][0] or not opened or not row["test"].strip():
             raise UserError(f"{path}, row {i}: expected a function's beginning as 'prompt' and a "
                             f"program's end as 'test', as in HumanEval-X")
+        if not row["task_id"].startswith(f"{word}/") or row["task_id"] in ids[:i - 1]:
+            raise UserError(f"{path}, row {i}: expected a task_id as {word}/0, each once, found "
+                            f"{row['task_id']!r:.60}")
     return {row["task_id"]: row for row in rows}
 
 

@@ -75,7 +75,7 @@ def letters_of(options: list[str], right: int) -> list[str]:
 
 def choice(ask: str, options: list[str], right: int) -> list[Question]:
     """A question for separate scoring. A prediction may be the right option or its letter."""
-    if len(options) != 4 or not all(options):
+    if len(options) != 4 or not all(map(str.strip, options)):
         raise ValueError(f"expected four options, found {options!r:.60}")
     return [Question(ask, "", [options[right], *letters_of(options, right)], tuple(options))]
 
@@ -371,6 +371,9 @@ def choose_options(lm: LM, tokenizer, name: str, questions, cfg, progress: str) 
         scores = scores / torch.tensor([len(option) for option in options])
     else:
         scores = scores - likelihoods([q._replace(ask="Answer:") for q in questions])
+    if not scores.isfinite().all():                 # argmax would take such an option for the best
+        raise UserError(f"{name}: the model's numbers are not finite; if --dtype is fp16, they "
+                        f"became too large for it: try bf16 or fp32")
     return [q.options[best] for q, best in zip(questions, scores.view(-1, 4).argmax(1).tolist())]
 
 

@@ -373,6 +373,13 @@ class RebuiltEveryRound(fedbiot.Wire):
         return super().round(t, payload, fresh, *others)
 
 
+def test_fedtt_sizes_that_no_memory_holds_are_one_line():
+    # kills: a rank of a million, an error of the allocator's
+    for flag in ("--tt-rank", "--tt-bottleneck"):
+        answer = cli("--method", "fedtt", flag, 10**6, "--plan")
+        one_line(answer, f"{flag} 1000000", "expected a number")
+
+
 def test_fedtt_plus_clients_refuse_a_gap():
     # kills: no fingerprint, so that a client goes on from stale cores; only the newest core in it;
     # a refusal where nothing is missing

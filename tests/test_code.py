@@ -488,6 +488,19 @@ def test_every_file_is_read_and_the_sandbox_tried_before_they_are_needed():
             file.write_bytes(good)
 
 
+def test_problems_stand_once_under_their_languages_name_and_have_tests():
+    # kills: of two problems with one task_id the last taken; another language's found out when its
+    # samples are scored; a program without tests, which any body passes
+    with folder() as path:
+        problems_in(path, PYTHON)
+        file = path / "humaneval_x/python/humaneval_python.jsonl.gz"
+        for odd, word in ((PYTHON, "once"), (PYTHON | {"task_id": "CPP/0"}, "CPP/0"),
+                          (PYTHON | {"task_id": "Python"}, "Python/0"),
+                          (PYTHON | {"task_id": "Python/1", "test": " \n"}, "test")):
+            file.write_bytes(gzip.compress("\n".join(map(json.dumps, (PYTHON, odd))).encode()))
+            refused(lambda: humaneval.read_problems(path, "python"), file, "row 2", word)
+
+
 def test_a_model_is_sampled_and_its_programs_are_scored():
     # kills: a text cut short at its spaces; --eval-limit of all languages together; tokenizer.eos
     # for tokenizer.ends; a share of samples as pass@1

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from collections import Counter
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -201,7 +202,8 @@ def test_malformed_data_names_the_file_and_the_line():
 
 
 def test_missing_files_are_fetched_once_checked_and_renamed():
-    # kills: checksum not compared; rows not counted; written in place; the user's own file replaced
+    # kills: checksum not compared; rows not counted; written in place; the user's own file
+    # replaced; a download that ended early
     name, content = "gsm8k/train.jsonl", b'{"question": "q", "answer": "#### 1"}\n'
     sha = hashlib.sha256(content).hexdigest()
 
@@ -220,6 +222,14 @@ def test_missing_files_are_fetched_once_checked_and_renamed():
                 assert list((target / "gsm8k").iterdir()) == []
                 (target / name).write_text("mine")          # what the user placed is used as it is
                 assert data.find_file(target, name).read_text() == "mine"
+        for check in (1, None):                             # rows that can be read, and not all
+            parts = iter((content, b""))
+            answer = contextlib.nullcontext(SimpleNamespace(
+                headers={"Content-Length": len(content) + 1}, read=lambda n: next(parts)))
+            with offered(url, check), folder() as target, patch.object(
+                    download.urllib.request, "urlopen", lambda *a, **k: answer):
+                refused(lambda: data.find_file(target, name), "38 of 39 bytes", url)
+                assert list((target / "gsm8k").iterdir()) == []
         dead = "http://127.0.0.1:9/train.jsonl"             # the discard port: refused at once
         with offered(dead, sha), folder() as target:
             refused(lambda: data.find_file(target, name), dead, target / name)

@@ -3,6 +3,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -17,6 +18,7 @@ import torch
 
 import lora
 import model
+import train
 from extras import huggingface, peft
 from model import LM, ModelConfig
 from tests.common import (CONFIG, PARAMS, folder, hf_config, hf_folder, hf_state,
@@ -264,7 +266,8 @@ def test_two_configurations_must_say_the_same():
 # ---- configuration ------------------------------------------------------------------------------
 
 def test_what_is_not_a_plain_llama_is_refused_by_name():
-    # kills: rope_scaling or attention_bias ignored; partial rotation ignored; a string as bool
+    # kills: rope_scaling or attention_bias ignored; partial rotation ignored; a string as bool;
+    # attention that also looks ahead (is_causal), or at a window
     scaled = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500.0}
     half = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
     for changes, word in (
@@ -280,6 +283,8 @@ def test_what_is_not_a_plain_llama_is_refused_by_name():
             ({"num_key_value_heads": 4}, "n_kv_heads"), ({"num_hidden_layers": 0}, "n_layers"),
             ({"num_hidden_layers": 10**9}, "n_layers"), ({"hidden_size": "x"}, "config.json"),
             ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+            ({"is_causal": False}, "is_causal"),
+            ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
             ({"rms_norm_eps": -1}, "norm_eps"), ({"num_attention_heads": 0}, "config.json")):
         with folder() as path:
             (path / "config.json").write_text(hf_config(CONFIG, **changes))
@@ -314,7 +319,8 @@ def test_params_json_gives_back_every_width():
 
 
 def test_ids_that_end_a_text_are_the_tokenizers_and_the_sources():
-    # kills: generation_config.json ignored; config.json's added to it; the tokenizer's left out
+    # kills: generation_config.json ignored; config.json's added to it; the tokenizer's left out; an
+    # id that no tensor can hold
     with folder() as path:
         hf_folder(path, tiny_lm())
         (path / "tokenizer.model").write_bytes(pieces())            # EOS 2
@@ -325,7 +331,7 @@ def test_ids_that_end_a_text_are_the_tokenizers_and_the_sources():
             text = {} if generation == {} else {"eos_token_id": generation}
             (path / "generation_config.json").write_text(json.dumps(text))
             assert model.load_tokenizer(path, CONFIG).ends == ends, (config, generation)
-        for odd in ("</s>", -1, [2, "x"], {"a": 1}, 2.0, True):
+        for odd in ("</s>", -1, [2, "x"], {"a": 1}, 2.0, True, 2**70):
             (path / "generation_config.json").write_text(json.dumps({"eos_token_id": odd}))
             refused(lambda: model.load_tokenizer(path, CONFIG), "eos_token_id", "generation_config")
 
@@ -432,8 +438,19 @@ def test_an_export_has_what_generation_needs_whatever_the_ids_are():
         about = json.loads((out / "tokenizer_config.json").read_text())
         assert (about["bos_token"], about["eos_token"]) == ("<go>", "<stop>")
         assert about["unk_token"] == "<unk>" and about["add_bos_token"] is True
+        assert about["add_prefix_space"] is True
         for made in (out, exported(path / "meta", tiny_lm(), "meta", source)):
             assert (made / "tokenizer.model").read_bytes() == pieces(**odd)
+
+
+def test_an_export_says_whether_its_tokenizer_begins_a_text_with_a_space():
+    # kills: transformers' default, a space, for a tokenizer that sets none before a text
+    with folder() as path:
+        for given in (False, True):
+            source = meta_source(path / f"{given}", tiny_lm(), add_dummy_prefix=given)
+            out = exported(path / f"{given}-out", tiny_lm(), "hf", source)
+            about = json.loads((out / "tokenizer_config.json").read_text())
+            assert about["add_prefix_space"] is given
 
 
 FACTS = {"config.json": {"max_position_embeddings": 777, "eos_token_id": [2, 9], "pad_token_id": 4,
@@ -480,6 +497,26 @@ def test_a_hugging_face_sources_own_facts_survive():
         again = exported(path / "again", lm, "hf", out)
         for name in os.listdir(out):
             assert (again / name).read_bytes() == (out / name).read_bytes(), name
+
+
+def test_a_sources_facts_do_not_contradict_what_is_written():
+    # kills: a type for each layer of the source beside fewer layers; the empty tokens, the class
+    # and the lack of BOS that old tokenizer_config.json have
+    with folder() as path:
+        source = hugging_face_source(path / "hf", tiny_lm())
+        config = json.loads((source / "config.json").read_text())
+        config["layer_types"] = ["full_attention"] * CONFIG.n_layers
+        (source / "config.json").write_text(json.dumps(config))
+        (source / "tokenizer_config.json").write_text(json.dumps(
+            {"tokenizer_class": "LLaMATokenizer", "bos_token": "", "eos_token": "", "unk_token": "",
+             "add_bos_token": False, "add_eos_token": True, "model_max_length": 99}))
+        out = exported(path / "out", model.load(source, layer_ids=[0, 3])[0], "hf", source)
+        assert "layer_types" not in json.loads((out / "config.json").read_text())
+        about = json.loads((out / "tokenizer_config.json").read_text())
+        expected = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+                    "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False,
+                    "model_max_length": 99}
+        assert about | expected == about, about
 
 
 def test_a_peft_adapter_is_the_difference_in_hugging_faces_layout():
@@ -633,10 +670,18 @@ def theirs_generate(transformers, out: Path, texts, prompts) -> list:
 
 # ---- --init-lora --------------------------------------------------------------------------------
 
-def a_run(path: Path, server) -> Path:
+def a_run(path: Path, server, **about) -> Path:
+    """A finished run's folder, of rank 4 and alpha 16 unless `about` says otherwise."""
     path.mkdir()
     torch.save(server.state_dict()["learnt"], path / "lora.pt")
-    (path / "config.json").write_text(json.dumps({"rank": 4, "alpha": 16.0}))
+    config = train.as_json(train.parse(["--rank", "4"])) | about
+    (path / "config.json").write_text(json.dumps(config))
+    return sealed(path)
+
+
+def sealed(path: Path) -> Path:
+    """The folder's files as they are now are the run's own."""
+    (path / "summary.json").write_text(json.dumps({"made_of": train.made_of(path)}))
     return path
 
 
@@ -677,18 +722,51 @@ def test_what_cannot_be_a_start_is_refused_and_nothing_is_copied():
         refused(lambda: started(path), "--init-lora", "lora.pt")
         shutil.copy(run / "lora.pt", adapter / "lora.pt")
         refused(lambda: started(adapter), "both")
-        for about in ({"rank": 2, "alpha": 16.0}, {"rank": 4}, {"rank": 4, "alpha": "x"}, [],
-                      {"rank": 0, "alpha": 16.0}, {"rank": 4, "alpha": 0},
-                      {"rank": 4.0, "alpha": 1}):
-            (run / "config.json").write_text(json.dumps(about))
-            refused(lambda: started(run), "--init-lora", "run/lora.pt")
-        (run / "config.json").write_text(json.dumps({"rank": 4, "alpha": 16.0}))
+        for i, about in enumerate(({"rank": 2}, {"alpha": "x"}, {"rank": 0}, {"alpha": 0.0},
+                                   {"rank": 4.0})):
+            refused(lambda: started(a_run(path / f"run{i}", there, **about)), f"run{i}", *about)
         far = {f"layers.77.attention.wq.lora_{x}": random(*shape)
                for x, shape in (("A", (4, 48)), ("B", (48, 4)))}
         for content, word in ((far, "another model"), ([1], "dict"), ({}, "another model"),
                               ({n: t for n, t in far.items() if n.endswith("A")}, "lora_B")):
             torch.save(content, run / "lora.pt")
+            sealed(run)
             refused(lambda: started(run), word)
+
+
+def test_a_run_whose_files_are_not_its_own_is_no_start():
+    # kills: alpha taken from an edited config.json; a folder without a summary; another lora.pt
+    with folder() as path:
+        there = toy_server()
+        run = a_run(path / "run", there)
+        shutil.copy(run / "lora.pt", run / "best.pt")
+        refused(lambda: started(run / "best.pt"), "--init-lora", "lora.pt")
+        other = a_run(path / "other", toy_server(rank=4, adapter=1))
+        about = (run / "config.json").read_bytes().replace(b'"alpha": 16.0', b'"alpha": 32.0')
+        for name, content in (("config.json", about), ("summary.json", b"[]"),
+                              ("lora.pt", (other / "lora.pt").read_bytes())):
+            shutil.copytree(run, path / name)
+            (path / name / name).write_bytes(content)
+            refused(lambda: started(path / name), "as the run wrote them")
+        (run / "summary.json").unlink()
+        refused(lambda: started(run), "--init-lora", "finished run")
+
+
+def test_numbers_that_are_not_finite_or_stand_twice_are_no_start():
+    # kills: a NaN copied into the server's LoRA; of two tensors with one meaning the last taken
+    with folder() as path:
+        adapter = exported(path / "peft", toy_server().teacher, "peft", path)
+        file = adapter / "adapter_model.safetensors"
+        named = {n: t.clone() for n, t in huggingface.read_safetensors(file).items()}
+        q = "base_model.model.model.layers.4.self_attn.q_proj.lora_A.weight"
+        bare = q.removeprefix("base_model.model.")
+        for change, words in (({bare: named[q] + 1}, (bare, "another name")),
+                              ({q: named[q] * math.inf}, ("layers.4.attention.wq", "finite"))):
+            write_safetensors(file, named | change)
+            refused(lambda: started(adapter), "--init-lora", *words)
+        run = toy_server()
+        run.tuned["layers.4.attention.wv.lora_B"].data[0, 0] = math.nan
+        refused(lambda: started(a_run(path / "run", run)), "--init-lora", "wv.lora_B", "finite")
 
 
 def test_an_adapter_is_read_only_where_all_it_says_is_known_to_be_plain():
@@ -758,10 +836,13 @@ def test_the_emulators_weights_of_a_run_are_a_start_too():
         run, own = a_run(path / "run", toy_server()), {name: random(48, 48)}
         assert name.removesuffix(".weight") in started_with(dict(own))[1], "a note: it starts anew"
         torch.save({name: random(48, 48, seed=5).bfloat16()}, run / "emulator.pt")
+        sealed(run)
         server, err = started_with({name: random(48, 48)})
         assert torch.equal(server.emulator[name], random(48, 48, seed=5).bfloat16().float()), err
         assert "not used" in started_with({})[1]
         torch.save({name: random(48, 47)}, run / "emulator.pt")
+        sealed(run)
         refused(lambda: started_with(own), name, "[48, 47]")
         torch.save([1], run / "emulator.pt")
+        sealed(run)
         refused(lambda: started_with(own), "emulator.pt", "dict")

@@ -175,8 +175,9 @@ def test_every_value_of_a_row_is_checked():
         {"ground_truths": []}, {"question.tokens": 0})]
     wrong += [(qa.hellaswag, GOLF | change) for change in (
         {"endings": "abcd"}, {"endings": [1, 2, 3, 4]}, {"endings": ["a", "b", "c"]},
-        {"endings": ["a", "b", "c", ""]}, {"label": True}, {"label": 2.0}, {"label": ""},
-        {"label": -1}, {"label": 4}, {"label": None}, {"activity_label": None}, {"ctx_b": None})]
+        {"endings": ["a", "b", "c", ""]}, {"endings": ["a", " ", "c", "d"]}, {"label": True},
+        {"label": 2.0}, {"label": ""}, {"label": -1}, {"label": 4}, {"label": None},
+        {"activity_label": None}, {"ctx_b": None})]
     wrong += [(qa.quac, bad) for bad in (
         {**QUAC, "paragraphs": {}}, {**QUAC, "paragraphs": ["text"]}, {**QUAC, "title": None},
         {**QUAC, "background": 5}, quac_with(answers="one"), quac_with(answers=["one"]),
@@ -288,6 +289,16 @@ def test_options_are_chosen_per_token_or_calibrated():
         for batch_size in (7, 0):
             cfg = qa_cfg("", shots=5, eval_batch=batch_size)
             assert qa.choose_options(lm, t, name, questions, cfg, "x") == best[name], name
+
+
+def test_likelihoods_that_are_not_finite_choose_no_option():
+    # kills: argmax over NaN, which is the first NaN; one that is infinite
+    lm, questions = tiny_lm(vocab_size=1024), [qa.Question("?", "", ["x"], ("a", "b", "c", "d"))]
+    for odd in (math.nan, math.inf):
+        lm.norm.weight[0] = odd
+        for name in ("hellaswag", "openbookqa"):
+            refused(lambda: qa.choose_options(lm, tokenizer(), name, questions, qa_cfg(""), "x"),
+                    name, "bf16")
 
 
 def test_prompts_are_the_template_or_helms():
