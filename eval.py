@@ -42,7 +42,8 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         for f in (f for config in configs for f in fields(config)):
             choices, kind = f.metadata.get("choices"), kind_of(f)
-            how = {"type": decimal if kind is Fraction else kind, "choices": choices, "metavar": "X"}
+            convert = decimal if kind is Fraction else kind
+            how = {"type": convert, "choices": choices, "metavar": "X"}
             if kind is bool:
                 how = {"action": argparse.BooleanOptionalAction}
             text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")

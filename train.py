@@ -190,7 +190,8 @@ def checkpoints(cfg: RunConfig) -> dict[str, str]:
     """Fingerprints of the files of --ckpt and, for FedPT, of --proxy-ckpt."""
     return {f"{flag(name)} {path.name}": fingerprint(path)
             for name, folder in asdict(cfg).items() if name.endswith("ckpt") and folder
-            for path in sorted(Path(folder).glob("[!.]*")) if path.is_file()}
+            for path in sorted(Path(folder).glob("[!.]*"))
+            if path.suffix in (".json", ".pth", ".bin", ".safetensors", ".model")}
 
 def made_of(folder: Path, cfg: RunConfig) -> dict[str, str]:
     """Fingerprints that tie what a run learnt to its configuration and its checkpoint."""

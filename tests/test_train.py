@@ -559,8 +559,8 @@ def test_resume_of_a_finished_run_and_of_none():
 
 
 def test_resume_refuses_other_flags_and_a_cut_state():
-    # kills: the flags of the state not compared; a short state as a traceback; rows of other rounds,
-    # or without their numbers, gone on from; a link taken for no state
+    # kills: the flags of the state not compared; a short state as a traceback; rows of other
+    # rounds, or without their numbers, gone on from; a link taken for no state
     with folder() as path, fast_scores():
         flags, run = small_run(path), path / "run"
         with stops_at(train.Run, "finish", 0):
