@@ -94,7 +94,7 @@ def draw_accuracy(rows: list[dict], path: Path, plt):
 def place_label(axis, x: float, y: float, text: str, colour: str, taken: list, renderer):
     """Beside the point, or further off with a line to it, where it overlaps nothing."""
     from matplotlib.text import Text
-    spots = [(9, 0, "left", "center"), (-9, 0, "right", "center"), (0, 9, "center", "bottom"),
+    spots = [(9, 0, "left", "center"), (0, 9, "center", "bottom"), (-9, 0, "right", "center"),
              (0, -9, "center", "top"), (7, 8, "left", "bottom"), (-7, 8, "right", "bottom"),
              (7, -8, "left", "top"), (-7, -8, "right", "top")]
     for far, (dx, dy, across, up) in itertools.product((1, 3, 5), spots):
