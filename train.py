@@ -85,8 +85,9 @@ def resolve(given: dict) -> RunConfig:
     bundled, task = given.get("ckpt") is None, TASKS[given.get("task", "gsm8k")]
     method, world = given.get("method", "fedbiot"), int(os.environ.get("WORLD_SIZE", 1))
     values = {"ckpt": str(BUNDLED_CKPT), "data_dir": str(BUNDLED_DATA), "max_len": task.max_len}
-    values["clients"] = world - 1 if world > 1 and given.get("own_data") else task.clients
+    values["clients"] = task.clients
     values |= (BUNDLED if bundled else {}) | method_of(method).Server.defaults(method, bundled)
+    values |= {"clients": world - 1} if world > 1 and given.get("own_data") else {}
     values |= PRESETS[given.get("preset", "paper")] | given
     cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     values["threads"] = values.get("threads") or max(cores // processes, 1)
@@ -94,8 +95,8 @@ def resolve(given: dict) -> RunConfig:
     for wrong, text in (
             (cfg.clients_per_round > cfg.clients, f"--clients-per-round {cfg.clients_per_round}: "
              f"expected at most the {cfg.clients} clients that there are"),
-            (cfg.validate and cfg.task != "gsm8k", f"--validate {cfg.validate}: only gsm8k trains "
-             f"and tests on rows of one kind; leave it out"),
+            (cfg.validate and (cfg.task != "gsm8k" or cfg.own_data), f"--validate {cfg.validate}: "
+             f"gsm8k's own rows, not with another --task or --own-data; leave it out"),
             (method == "offsite" and cfg.clients != 1, f"--method offsite: Offsite-Tuning has one "
              f"client, found {cfg.clients}; fedot has several"),
             (cfg.own_data and cfg.clients != world - 1, f"--own-data with {cfg.clients} clients: "
