@@ -135,7 +135,7 @@ def digest_of(examples: list[Example]) -> str:
     return hashlib.sha256(flat.tobytes()).hexdigest()
 
 def partition(labels: list[str], clients: int, seed: int) -> list[list[int]]:
-    """Index lists, one a client, every row in just one; unlabelled: i.i.d., sizes at most 1 apart."""
+    """Index lists, one a client, every row in one; unlabelled: i.i.d., sizes at most 1 apart."""
     if not 1 <= clients <= len(labels):
         raise UserError(f"--clients {clients}: there are {len(labels)} training examples, so "
                         f"choose 1..{len(labels)}")
