@@ -54,8 +54,7 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 def texts_of(rows: list[dict], path, names: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The named text fields of every row, each of which must be there. JSON allows lone surrogates,
-    which no tokenizer can encode: they become U+FFFD."""
+    """The named text fields, in every row. Lone surrogates, which JSON allows, become U+FFFD."""
     for i, row in enumerate(rows, 1):
         for name in names:
             if not isinstance(row.get(name), str):
@@ -85,10 +84,12 @@ class Task(NamedTuple):
     module: str                 # has read_training, prepare, score, score_predictions, report
     clients: int                # the paper's number of clients
     max_len: int                # tokens of the longest training sequence
+    training: str = ""          # the training file's path in a data folder
 
 # PAPER SILENT: the longest sequences. What is longer is cut at its end, in the answer.
-TASKS = {"gsm8k": Task("eval", 3, 512), "rosetta": Task("tasks.code", 9, 1024),
-         "dolly": Task("tasks.qa", 8, 1024)}
+TASKS = {"gsm8k": Task("eval", 3, 512, "gsm8k/train.jsonl"),
+         "rosetta": Task("tasks.code", 9, 1024, "rosetta/rosetta_alpaca.json"),
+         "dolly": Task("tasks.qa", 8, 1024, "dolly/databricks-dolly-15k.jsonl")}
 
 def accuracy(predicted: list, gold: list) -> dict:
     """{"correct", "total", "accuracy"}; a prediction of None is wrong."""
@@ -131,8 +132,7 @@ def digest_of(examples: list[Example]) -> str:
     return hashlib.sha256(flat.tobytes() + labels.encode()).hexdigest()
 
 def partition(labels: list[str], clients: int, seed: int) -> list[list[int]]:
-    """Index lists, one a client, every row in exactly one. Rows without labels: i.i.d., sizes
-    differing by at most one."""
+    """Index lists, one a client, every row in one; unlabelled: i.i.d., sizes at most 1 apart."""
     if not 1 <= clients <= len(labels):
         raise UserError(f"--clients {clients}: there are {len(labels)} training examples, so "
                         f"choose 1..{len(labels)}")
@@ -180,8 +180,7 @@ class Shard:
     def batches(self, steps: int, batch_size: int, key: tuple[int, ...]):
         """`steps` batches, a function of `key` = (seed, round, client).
         DIFFERS: Algorithm 2, line 4 draws at random. Here as in the authors' code: whole passes
-        without replacement. Within ten batches the examples are sorted by length, so that little of
-        a batch is padding."""
+        without replacement. Within ten batches examples are sorted by length: little padding."""
         rng = np.random.default_rng(key)
         size = min(batch_size, len(self))
         passes = max(-(-steps * size // len(self)), 1)  # one also for no steps: none is drawn

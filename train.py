@@ -86,8 +86,9 @@ def resolve(given: dict) -> RunConfig:
     bundled, task = given.get("ckpt") is None, TASKS[given.get("task", "gsm8k")]
     method, world = given.get("method", "fedbiot"), int(os.environ.get("WORLD_SIZE", 1))
     values = {"ckpt": str(BUNDLED_CKPT), "data_dir": str(BUNDLED_DATA), "max_len": task.max_len}
-    values["clients"] = world - 1 if world > 1 and given.get("own_data") else task.clients
+    values["clients"] = task.clients
     values |= (BUNDLED if bundled else {}) | method_of(method).Server.defaults(method, bundled)
+    values |= {"clients": world - 1} if world > 1 and given.get("own_data") else {}
     values |= PRESETS[given.get("preset", "paper")] | given
     cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     values["threads"] = values.get("threads") or max(cores // processes, 1)

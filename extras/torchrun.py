@@ -3,15 +3,19 @@
     torchrun --nproc-per-node 4 train.py --task gsm8k --dropout 0.2 --adapter 2 --threads 1
 
 Short JSON messages go through torch.distributed's key-value store, tensors through its process
-group, and only once the other side waits for them. So nobody hangs in a receive: a slow client can
-be left out of a round, and a rank that fails is heard by all who wait. More: docs/running.md.
+group. The server never waits for one rank: its transfers run in threads, and it looks for messages
+in turn. So a client that is slow, or whose host falls asleep in the middle of a transfer, can be
+left out of a round, and a rank that fails is heard by all. More: docs/running.md.
 """
 import contextlib
 import json
 import os
 import secrets
 import sys
+import threading
 import time
+from concurrent.futures import Future
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,7 +23,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Shard, digest_of, make_shards, training_examples
+from data import TASKS, Shard, digest_of, make_shards, training_examples
 from eval import BUNDLED_DATA, flag
 from fedbiot import Payload, misfit, payload_bytes
 from model import ModelConfig, UserError, load_tokenizer
@@ -27,8 +31,6 @@ from train import FREE, as_json, method_of
 
 DTYPES = {str(d): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.int32,
                               torch.int64, torch.uint8, torch.bool)}
-OWN_FILES = {"gsm8k": "gsm8k/train.jsonl", "rosetta": "rosetta/rosetta_alpaca.json",
-             "dolly": "dolly/databricks-dolly-15k.jsonl"}      # what a client itself must bring
 LONGEST = 2**20             # characters of a message; the header of a 7B bootstrap has 30,000
 
 
@@ -69,6 +71,16 @@ def reaching(whom: str):
         raise UserError(f"{whom} cannot be reached: {str(error).splitlines()[0][:120]}") from None
 
 
+@dataclass
+class Order:
+    """What the server asked of a rank and has not got back."""
+    t: int                          # round
+    client: int
+    transfer: Future                # of the payload; once there are metrics, of the upload
+    since: float                    # the clock of --client-timeout
+    metrics: dict | None = None
+
+
 class Processes:
     """A rank's connection to the others; on rank 0 it is the wire of `federate`.
 
@@ -81,7 +93,7 @@ class Processes:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, None, timedelta(hours=24), self.world, self.rank,
                                     self.store)             # hours: a server may align for long
-        self.busy = {}          # rank: (round, client, since), of orders that have no answer yet
+        self.busy: dict[int, Order] = {}                    # by rank
 
     # ---- messages and tensors
 
@@ -126,6 +138,22 @@ class Processes:
                 dist.recv(t.view(-1).view(torch.uint8), rank)
         return {name: t.to(self.device) for name, t in payload.items()}
 
+    def begin(self, transfer, *args) -> Future:
+        """A transfer in a thread of its own, so that a host that sleeps holds up nobody else. (nccl
+        queues transfers by itself, and none of its calls waits here.)"""
+        done = Future()
+
+        def run():
+            try:
+                done.set_result(transfer(*args))
+            except Exception as error:                      # raised where the result is asked for
+                done.set_exception(error)
+        if self.place.type == "cuda":
+            run()
+        else:
+            threading.Thread(target=run, daemon=True).start()
+        return done
+
     def travel(self, device, own_gpu: bool):
         """Tensors go from GPU to GPU if every rank has one of its own, else by way of the CPU."""
         self.device, self.place = device, device if own_gpu else torch.device("cpu")
@@ -154,24 +182,24 @@ class Processes:
 
     def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> tuple:
         """As Wire.round. A free rank takes the next client; with --own-data every rank is one. The
-        clock of --client-timeout is a client's own work: a round goes on without those who are over
-        it, once somebody has finished and nobody waits for a rank. What they offer in a later round
-        is not asked for."""
-        results, down, up, todo = {}, [], [], list(chosen)
+        clock of --client-timeout is a client's own work, its transfers included: a round goes on
+        without those who are over it, once somebody has finished and nobody waits for a rank. What
+        they offer in a later round is not asked for."""
+        results, down, todo = {}, [], list(chosen)
         bar = tqdm(total=len(chosen), desc=f"round {t + 1}", leave=False, disable=None)
         while todo or not results or self.at_work(t):
             for rank in range(1, self.world):
-                if rank in self.busy and (answer := self.look(rank)) is not None:
-                    began, m, _ = self.busy.pop(rank)
-                    if began == t:
-                        results[m] = self.collect(rank, answer, expected, up)
+                if rank in self.busy and (answer := self.answer(rank, t, expected)):
+                    order = self.busy.pop(rank)
+                    if order.t == t:
+                        results[order.client] = answer
                         bar.update()
                 wanted = [m for m in todo if shards[m] is None or shards[m] == rank]
                 if rank not in self.busy and wanted:
                     todo.remove(wanted[0])
-                    self.busy[rank] = t, wanted[0], time.monotonic()
-                    self.post(rank, self.busy[rank][:2], payload)
-                    self.send(rank, payload)
+                    self.post(rank, [t, wanted[0]], payload)
+                    sending = self.begin(self.send, rank, payload)
+                    self.busy[rank] = Order(t, wanted[0], sending, time.monotonic())
                     down.append(payload_bytes(payload))
             if results and self.nobody_can(todo, shards, t):
                 break
@@ -180,31 +208,40 @@ class Processes:
         for m in sorted(set(chosen) - set(results)):
             print(f"round {t + 1}, client {m}: left out, no upload within --client-timeout "
                   f"{self.timeout:g} s", file=sys.stderr)
+        uploads = [upload for upload, _ in results.values() if not misfit(upload, expected)]
+        up = [payload_bytes(upload) for upload in uploads]
         return {m: results[m] for m in sorted(results)}, down, up
 
     def at_work(self, t: int) -> bool:
         now = time.monotonic()
-        return any(began == t and now - since < self.timeout
-                   for began, _, since in self.busy.values())
+        return any(o.t == t and now - o.since < self.timeout for o in self.busy.values())
 
     def nobody_can(self, todo: list, shards, t: int) -> bool:
         """Whether all that is left to do belongs to ranks (--own-data) that are still at work on an
         earlier round and over their time."""
         now = time.monotonic()
-        late = {r for r, (began, _, since) in self.busy.items() if now - since >= self.timeout}
+        late = {rank for rank, o in self.busy.items() if now - o.since >= self.timeout}
         return bool(todo) and not self.at_work(t) and all(shards[m] in late for m in todo)
 
-    def collect(self, rank: int, answer, expected: Payload, up: list) -> tuple[Payload, dict]:
-        """An upload, asked for if its header fits; else its header, which `accepted` rejects."""
-        metrics, header = answer
-        metrics = metrics if isinstance(metrics, dict) else {}
+    def answer(self, rank: int, t: int, expected: Payload) -> tuple[Payload, dict] | None:
+        """(upload, metrics) of a rank that has ended its order; None: not yet. An upload is asked
+        for if its header fits; else it is the header, which `accepted` rejects."""
+        order = self.busy[rank]
+        if order.transfer.done():
+            moved = order.transfer.result()                 # raises the transfer's error
+            if order.metrics is not None:
+                return moved, order.metrics
+        if order.metrics is not None or (message := self.look(rank)) is None:
+            return None
+        metrics, header = message
+        order.metrics = metrics if isinstance(metrics, dict) else {}
         plausible = isinstance(header, list) and len(header) <= 2 * len(expected)
         upload = described(header) if plausible else {}
-        if not misfit(upload, expected):
-            self.post(rank, "send", {})
-            upload = self.receive(rank, upload)
-            up.append(payload_bytes(upload))
-        return upload, metrics
+        if order.t != t or misfit(upload, expected):
+            return upload, order.metrics
+        self.post(rank, "send", {})
+        order.transfer = self.begin(self.receive, rank, upload)
+        return None
 
     # ---- a client's side
 
@@ -246,7 +283,7 @@ class Processes:
             return "training data", make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients,
                                                 cfg.max_len, cfg.seed, cfg.validate,
                                                 cfg.strip_annotations)
-        path = Path(cfg.data_dir) / OWN_FILES.get(cfg.task, "")
+        path = Path(cfg.data_dir) / TASKS[cfg.task].training
         if not os.path.exists(path) or cfg.data_dir == str(BUNDLED_DATA):       # no download here
             raise UserError(f"--own-data: expected this client's own training data, found none at "
                             f"{path}; name its folder with --data-dir")

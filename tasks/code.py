@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from data import Row, accuracy, find_file, read_rows, texts_of
+from data import TASKS, Row, accuracy, find_file, read_rows, texts_of
 from model import LM, UserError, generate, parse_json, read_bytes, write_file
 from tasks.sandbox import (SYSTEM_PATH, Box, guard, make_box, python_folders, run_sandboxed,
                            scratch)
@@ -212,7 +212,7 @@ WITHOUT_NUMPY = "needs numpy, which is not installed here"
 def read_training(data_dir) -> list[Row]:
     """Rosetta's rows. One label a programming language: the paper's nine, after `X86-64 Assembly`
     is left out."""
-    path = find_file(data_dir, "rosetta/rosetta_alpaca.json")
+    path = find_file(data_dir, TASKS["rosetta"].training)
     triples = texts_of(read_rows(path), path, ("instruction", "input", "output"))
     rows = [Row(*t, label=t[1]) for t in triples if t[1] != "X86-64 Assembly"]
     if left := len(triples) - len(rows):

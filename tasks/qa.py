@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Example, Row, collate, find_file, prompt_of, read_rows, texts_of
+from data import TASKS, Example, Row, collate, find_file, prompt_of, read_rows, texts_of
 from model import LM, UserError, clean_text, generate, parse_json, read_bytes
 
 WINDOW = 4096           # LLaMA 2's: worked examples that do not fit are left out, as in HELM
@@ -37,7 +37,7 @@ LETTERS = list("ABCD")
 
 def read_training(data_dir) -> list[Row]:
     """Dolly's rows; the label is the category."""
-    path = find_file(data_dir, "dolly/databricks-dolly-15k.jsonl")
+    path = find_file(data_dir, TASKS["dolly"].training)
     names = ("instruction", "context", "response", "category")
     return [Row(*t) for t in texts_of(read_rows(path), path, names)]
 

@@ -1,4 +1,5 @@
 """A run over several processes: the same bits, bounded memory, errors, slow and killed ranks."""
+import contextlib
 import gc
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,7 +22,8 @@ import train
 from extras import torchrun
 from tests.common import (
     HERE, RUN_FILES, WEIGHTS, assert_same_run, cli, errors_in, fast_scores, folder, free_port,
-    one_line, ranks, read_json, read_log, read_saved, same, small_run, tiny_lm,
+    one_line, ranks, read_json, read_log, read_saved, refused, same,
+    small_run, tiny_lm,
 )
 
 
@@ -48,24 +51,6 @@ def test_more_processes_give_the_same_bits():
             assert statuses == [0] * world, texts
             assert "round 2" in texts[0] and not any(texts[1:]), "only rank 0 prints"
             assert_same_run(many, one)
-
-
-def test_every_method_runs_over_processes():
-    # kills: no expected() for a method; FedTT+ on a rank that missed a round; tensors of an unknown
-    # dtype
-    with folder() as path, fast_scores():
-        flags = small_run(path) + ["--rounds", 2]
-        for method, *more in (["offsite", "--clients", 1, "--adapter", 1],
-                              ["fedavg", "--clients", 2], ["fedkseed-pro", "--clients", 2],
-                              ["fedtt+", "--clients", 2],
-                              ["fedpt", "--clients", 2, "--proxy-ckpt", path / "ckpt",
-                               "--proxy-steps", 2]):
-            argv, one, three = (*flags, "--method", method, *more), path / method, path / "three"
-            status, _, err = cli(*argv, "--out", one)
-            assert status == 0, err
-            statuses, texts = ranks(path, 3, *argv, "--out", three / method)
-            assert statuses == [0] * 3, texts
-            assert_same_run(one, three / method)
 
 
 def test_two_hosts_over_loopback():
@@ -100,7 +85,7 @@ def own_rows(path: Path, numbers) -> Path:
     return path
 
 
-def as_three_shards(folders):
+def as_shards(folders):
     """While this lasts, a run in this process has these clients, a folder each."""
     def make_shards(task, data_dir, tokenizer, clients, max_len, *_):
         return [data.Shard(data.training_examples(task, path, tokenizer, max_len))
@@ -122,7 +107,7 @@ def test_every_client_may_have_data_of_its_own():
         (path / "data" / "gsm8k" / "train.jsonl").unlink()
         own = [own_rows(path / f"own{m}", range(20 * m, 20 * m + size))
                for m, size in enumerate((5, 17, 9))]
-        with as_three_shards(own):
+        with as_shards(own):
             assert cli(*flags, "--out", path / "one")[0] == 0
 
         def four(out, *more, folders=own):
@@ -147,6 +132,33 @@ def test_every_client_may_have_data_of_its_own():
             assert statuses == [2] * 4 and all(word in error for word in words), texts
             assert not (path / "bad").exists()
         one_line(cli(*flags, "--own-data", "--out", path / "alone"), "--own-data", "torchrun")
+    with patch.dict(os.environ, WORLD_SIZE="4", LOCAL_WORLD_SIZE="4"):
+        refused(lambda: train.resolve({"own_data": True, "validate": 5}), "--validate 5", "own-dat")
+        refused(lambda: train.resolve({"own_data": True, "method": "offsite"}), "one client", 3)
+
+
+def test_every_method_runs_over_processes():
+    # kills: no expected() for a method; FedTT+ on a rank that missed a round; tensors of an unknown
+    # dtype; --own-data for some methods only
+    with folder() as path, fast_scores():
+        flags = small_run(path) + ["--rounds", 2]
+        own = [own_rows(path / f"own{m}", range(20 * m, 20 * m + size))
+               for m, size in enumerate((5, 17))]
+        for method, *more in (["offsite", "--clients", 1, "--adapter", 1],
+                              ["fedavg"], ["fedkseed-pro", "--client-timeout", 60],
+                              ["fedtt+"], ["fedtt+", "--clients-per-round", 1],
+                              ["fedpt", "--proxy-ckpt", path / "ckpt", "--proxy-steps", 2]):
+            argv = *flags, "--method", method, *more
+            one, three = path / f"one {method} {more[:1]}", path / f"three {method} {more[:1]}"
+            alone = method == "offsite"                     # one client: no data of its own
+            with contextlib.nullcontext() if alone else as_shards(own):
+                status, _, err = cli(*argv, *([] if alone else ["--clients", 2]), "--out", one)
+            assert status == 0, err
+            folder_of = (lambda r: []) if alone else lambda r: [
+                "--own-data", *(["--data-dir", own[r - 1]] if r else [])]
+            statuses, texts = ranks(path, 3, *argv, "--out", three, own=folder_of)
+            assert statuses == [0] * 3, texts
+            assert_same_run(one, three)
 
 
 # ---- what a client's rank holds -----------------------------------------------------------------
@@ -271,6 +283,74 @@ def test_who_was_never_given_work_is_not_left_out():
                                 change=first_client_stays_away)
         assert statuses[0] == 0, texts
         assert re.findall("client (.): left out", texts[0]) == ["0"], texts
+
+
+BALLAST = {"ballast": torch.zeros(2**24, dtype=torch.uint8)}        # no socket's buffer holds it
+
+
+def hosts_fall_asleep(path: Path):
+    """Client 1's host before it receives round 1, client 2's in the middle of its upload of round
+    2. Client 0 waits in the next round until the one that slept is at work again."""
+    broadcast, update = fedbiot.Server.broadcast, fedbiot.Client.update
+    rank, receive, send = os.environ["RANK"], torchrun.Processes.receive, torchrun.Processes.send
+    calls = iter(range(100))
+
+    def receive_asleep(self, *args):
+        if next(calls) == 1:                                # 0 is the bootstrap
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return receive(self, *args)
+
+    def send_asleep(self, to, payload):
+        for name in payload:
+            if next(calls) == 1 + len(payload):             # the second upload's second tensor
+                os.kill(os.getpid(), signal.SIGSTOP)
+            send(self, to, {name: payload[name]})
+
+    def update_when_all_are_here(self, t, payload, shard, m):
+        (path / f"client {m} round {t + 1}").touch()
+        while m == 0 and t and not (path / f"client {t} round {t + 1}").exists():
+            time.sleep(0.02)
+        payload.pop("ballast")
+        return update(self, t, payload, shard, m)
+    fedbiot.Server.broadcast = lambda self, t: broadcast(self, t) | BALLAST
+    fedbiot.Client.update = update_when_all_are_here
+    if rank == "2":
+        torchrun.Processes.receive = receive_asleep
+    if rank == "3":
+        torchrun.Processes.send = send_asleep
+
+
+def test_a_host_that_falls_asleep_does_not_hold_up_the_others():
+    # kills: the server waits in a transfer, down or up; what arrives late counts in a later round;
+    # the client never comes back
+    original, seen = fedbiot.Wire.round, []
+
+    def without_who_sleeps(self, t, payload, client, shards, chosen, expected):
+        chosen = [m for m in chosen if (t, m) not in ((0, 1), (1, 2))]
+        return original(self, t, payload, client, shards, chosen, expected)
+
+    def wake(jobs):
+        until = time.monotonic() + 60
+        while len(seen) < 2 and time.monotonic() < until and jobs[0].is_alive():
+            time.sleep(0.02)
+            text = "".join(log.read_text() for log in path.glob("log0"))
+            for line in re.findall("^.*left out", text, re.M)[len(seen):]:
+                os.kill(jobs[2 + len(seen)].pid, signal.SIGCONT)
+                seen.append(line)
+        for job in jobs if len(seen) < 2 else ():
+            job.kill()
+    with folder() as path, fast_scores():
+        flags = small_run(path) + ["--rounds", 3, "--client-timeout", 3]
+        own = [own_rows(path / f"own{m}", range(9 * m, 9 * m + 9)) for m in range(3)]
+        with patch.object(fedbiot.Wire, "round", without_who_sleeps), as_shards(own):
+            assert cli(*flags, "--out", path / "one")[0] == 0
+        statuses, texts = ranks(path, 4, *flags, "--own-data", "--out", path / "four", then=wake,
+                                own=lambda r: ["--data-dir", own[r - 1]] if r else [],
+                                change=partial(hosts_fall_asleep, path))
+        assert statuses == [0] * 4, texts
+        assert seen == ["round 1, client 1: left out", "round 2, client 2: left out"], texts[0]
+        one, four = (read_saved(path / run / "lora.pt") for run in ("one", "four"))
+        assert same(one, four)
 
 
 def second_client_claims_a_giant():
@@ -402,8 +482,10 @@ def test_torchrun_restarts_a_killed_client_from_the_last_round():
     # kills: a restart refuses the folder that exists; starts at round 0; loses a row
     with folder() as path, fast_scores():
         free_port()
-        flags = small_run(path, *WEIGHTS) + ["--rounds", "2", "--out"]
-        assert cli(*flags, path / "one")[0] == 0
+        flags = small_run(path, *WEIGHTS) + ["--rounds", "2", "--own-data", "--out"]
+        with as_shards([path / "data"]):
+            one = *(x for x in flags if x != "--own-data"), path / "one", "--clients", 1
+            assert cli(*one)[0] == 0
         (path / "dies.py").write_text(KILLS_ITSELF.format(here=str(HERE)))
         argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                 "2", "--max-restarts", "2", path / "dies.py", *flags, path / "two"]
