@@ -26,7 +26,7 @@ if __name__ == "__main__":      # Ctrl-C is one line also while PyTorch is impor
 import torch
 
 from data import TASKS, digest_of, make_public, make_shards
-from eval import (BUNDLED, BUNDLED_CKPT, BUNDLED_DATA, EvalConfig, Parser, checked, flag,
+from eval import (BUNDLED, BUNDLED_CKPT, BUNDLED_DATA, HERE, EvalConfig, Parser, checked, flag,
                   main_guard, pick_device, pick_dtype, restore)
 from fedbiot import Config, Wire, federate, option, payload_bytes
 from model import (ModelConfig, UserError, expecting, fingerprint, load_tokenizer, load_weights,
@@ -125,19 +125,18 @@ def plan(config: ModelConfig, cfg: RunConfig) -> dict:
             "trainable_params": sum(p.numel() for p in client.tuned.values()),
             "comm_mb_per_round": sent / 1e6, "gmac_per_token": client.macs_per_token() / 1e9}
 
-def print_plan(p: dict, c: ModelConfig, cfg: RunConfig):
-    def layers(name):
-        return f"{len(p[name]):3d}   " + " ".join(map(str, p[name]))
+def print_plan(p: dict, c: ModelConfig, cfg: RunConfig, more: dict[str, str]):
+    layers = {k: f"{len(v):3d}   {' '.join(map(str, v))}" for k, v in p.items() if "layers" in k}
     traffic, ckpt = megabytes(p["comm_mb_per_round"] * 1e6), os.path.relpath(cfg.ckpt)
     for name, text in {
             "method": f"{cfg.method}, {cfg.task}, {cfg.clients} clients, {cfg.rounds} rounds",
             "model": f"{c.n_layers} layers x {c.dim}, {min(ckpt, cfg.ckpt, key=len)}",
-            "kept (emulator)": layers("kept_layers"), "dropped": layers("dropped_layers"),
-            "adapter": layers("adapter_layers"),
+            "kept (emulator)": layers["kept_layers"], "dropped": layers["dropped_layers"],
+            "adapter": layers["adapter_layers"],
             "trainable": f"{p['trainable_params']:,} parameters",
             "communication": f"{traffic} a client a round, down + up",
-            "compute": f"{p['gmac_per_token']:.4g} GMAC a token at a client"}.items():
-        print(f"{name:16}  {text}")
+            "compute": f"{p['gmac_per_token']:.4g} GMAC a token at a client", **more}.items():
+        print(f"{name:16}  {text}", flush=True)
 
 # ---- run folder ---------------------------------------------------------------------------------
 
@@ -325,8 +324,7 @@ def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
     state = load_state(folder, known)
     full = load_weights(cfg.ckpt, replace(config, vocab_size=tokenizer.vocab_size),
                         dtype=pick_dtype(cfg.dtype, device), device=device)
-    print_plan(costs, config, cfg)
-    print(f"{'run':16}  {folder}\n", flush=True)
+    print_plan(costs, config, cfg, {"run": f"{folder}\n"})
     server = method.Server(full, public, cfg)
     if state:
         restore(server, state["server"], folder)
@@ -349,7 +347,10 @@ def run(argv=None, processes=None) -> int:
     config = ModelConfig.read(cfg.ckpt)
     costs = plan(config, cfg)
     if cfg.plan:
-        print(json.dumps(costs)) if cfg.json else print_plan(costs, config, cfg)
+        more = {"memory": "needs extras/memory.py"}
+        if (HERE / "extras" / "memory.py").is_file():
+            more = room("extras.memory").add_to(costs, config, cfg, method_of(cfg.method))
+        print(json.dumps(costs)) if cfg.json else print_plan(costs, config, cfg, more)
         return 0
     device = pick_device(cfg.device)
     if device.type == "cuda" and device.index is None:  # each process of a host takes the next GPU

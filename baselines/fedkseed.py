@@ -34,9 +34,10 @@ def candidates(master: int, K: int) -> list[int]:
 @torch.no_grad()
 def step_along(weights: list[Tensor], seed: int, scale: float):
     """w <- w + scale z(seed), in place: a generator of its own, one whole parameter at a time."""
-    rng = torch.Generator(weights[0].device).manual_seed(seed)
+    device = weights[0].device
+    rng = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
     for w in weights:
-        z = torch.randn(w.shape, generator=rng, device=w.device, dtype=torch.float32)
+        z = torch.randn(w.shape, generator=rng, device=device, dtype=torch.float32)
         w.add_(z, alpha=scale)
 
 

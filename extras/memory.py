@@ -2,7 +2,7 @@
 on the meta device, where a tensor has a shape and no numbers, and every storage is followed.
 
     Live            the bytes that are referred to at a moment, and their peak
-    StandIn         answers on "meta" as on the device of the run; Mixed does so for autocast
+    StandIn         attention on "meta" as on the device of the run; Mixed: autocast likewise
     needed          the counts by name; described, the same for people
 
 Not counted: Python and PyTorch themselves (0.2 to 0.4 GB; a CUDA context 0.5 GB), the training
@@ -15,20 +15,31 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from data import Batch, Example, collate
 from eval import pick_dtype
 from fedbiot import Payload, Wire, federate, payload_bytes
-from model import ModelConfig, expecting, generate, load_weights
+from model import CACHE_BYTES, ModelConfig, expecting, generate, load_weights
 
 SHOT = 128              # tokens of a worked example; GSM8K's have about 90
 
 
 # ---- following storages -------------------------------------------------------------------------
+
+def tensors_in(values) -> list[Tensor]:
+    """The tensors among an operator's arguments or results, which may be lists of them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += tensors_in(value)
+    return found
+
 
 class Live(TorchDispatchMode):
     """Bytes of the storages on "meta" that operators made while this lasts and that something still
@@ -41,7 +52,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        given = tensors_in((*args, *kwargs.values()))
         source = next((a for a in given if a.is_meta), None)
         if function is torch.ops.aten._local_scalar_dense.default and source is not None:
             return 1
@@ -50,8 +61,8 @@ class Live(TorchDispatchMode):
         if function is torch.ops.aten.copy_.default and source is not None and not args[0].is_meta:
             return args[0].fill_(1)
         result, old = function(*args, **kwargs), {a.untyped_storage()._cdata for a in given}
-        for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor) and t.is_meta and t.untyped_storage()._cdata not in old:
+        for t in tensors_in((result,)):
+            if t.is_meta and t.untyped_storage()._cdata not in old:
                 self.follow(t.untyped_storage())
         return result
 
@@ -76,17 +87,15 @@ def attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
 
 
 class StandIn(TorchFunctionMode):
-    """While this lasts tensors say that they are on a GPU, or that they are not, and attention is
-    the flash kernel's. `marks` are the bytes that were live when a backward pass began."""
+    """While this lasts attention is the flash kernel's. `marks` are the bytes that were live when a
+    backward pass began."""
 
-    def __init__(self, cuda: bool, live: Live):
+    def __init__(self, live: Live):
         super().__init__()
-        self.cuda, self.live, self.marks = cuda, live, []
+        self.live, self.marks = live, []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is torch.Tensor.is_cuda.__get__:
-            return self.cuda
         if function is F.scaled_dot_product_attention:
             return attention(*args, **kwargs)
         if function is torch.Tensor.backward:
@@ -120,12 +129,14 @@ def many_at_once(optimizer, args, kwargs):
 
 @contextlib.contextmanager
 def counting(cuda: bool):
-    """(Live, StandIn) of a run on CUDA, or on the CPU, while the block lasts."""
-    live = Live()
-    stand_in, hook = StandIn(cuda, live), contextlib.ExitStack()
+    """(Live, StandIn) of a run on CUDA, or on the CPU, while the block lasts: tensors say that they
+    are there, and the run's code does what it does there."""
+    live, stack = Live(), contextlib.ExitStack()
+    stand_in = StandIn(live)
     if cuda:
-        hook.callback(register_optimizer_step_pre_hook(many_at_once).remove)
-    with hook, patch.object(torch, "autocast", Mixed), live, stand_in:
+        stack.callback(register_optimizer_step_pre_hook(many_at_once).remove)
+    says = patch.object(Tensor, "is_cuda", property(lambda self: cuda))
+    with stack, says, patch.object(torch, "autocast", Mixed), live, stand_in:
         yield live, stand_in
 
 
@@ -152,20 +163,13 @@ class Longest:
     def batches(self, steps: int, *_):
         return iter([self.batch] * steps)
 
-    def __len__(self):
-        return 1
 
-
-class Copies(Wire):
-    """One client's work, in place of every client's, and an upload of each; without a client (a
-    server's process under torchrun) the uploads alone."""
+class Uploads(Wire):
+    """The server's end of a wire: as many uploads as a round has, and what was broadcast."""
 
     def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> tuple:
-        upload, metrics = expected, {"loss": 1.0}
-        if client:
-            upload, metrics = client.update(t, payload, shards[0], chosen[0])
-        metrics |= {"loss": 1.0, "examples": 1}
-        return {m: (copies(upload), metrics) for m in chosen}, [0], [0]
+        self.payload = payload
+        return {m: (copies(expected), {"loss": 1.0, "examples": 1}) for m in chosen}, [0], [0]
 
 
 def copies(payload: Payload) -> Payload:
@@ -177,29 +181,33 @@ def a_server(config: ModelConfig, cfg, method):
     return method.Server(full, Longest(cfg), cfg)
 
 
-def train(server, client, cfg):
-    shards = [Longest(cfg)] * cfg.clients
-    for _ in federate(server, client, shards, cfg, Copies()):
-        pass
-
-
 def evaluate(server, cfg):
-    """The prompts' pass of each model, with the whole cache. Its batch is generate's own choice."""
+    """The pass of a batch of prompts through each model, with the whole cache: `generate` believes
+    that every text ends at once."""
     new = cfg.max_new_tokens or {"gsm8k": 256}.get(cfg.task, 512)
     length = cfg.max_len + SHOT * (cfg.shots if cfg.task != "rosetta" else 0)
     for lm in server.models().values():
-        generate(lm, [[1] * length] * (cfg.eval_batch or 64), new, -1, cfg.eval_batch)
+        fit = CACHE_BYTES // (cache_of_a_token(lm) * (length + new))
+        rows = cfg.eval_batch or min(max(fit, 1), 64)
+        generate(lm, [[1] * length] * rows, new, -1, rows)
 
 
-def process(config: ModelConfig, cfg, method, with_client: bool) -> list[dict[str, int]]:
-    """The server's process, with the clients in it or not: what the bootstrap, the rounds and the
-    evaluation need."""
+def cache_of_a_token(lm) -> int:
+    return sum(cache.nbytes for cache in lm.caches(1, 1))
+
+
+def server_process(config: ModelConfig, cfg, method) -> dict[str, dict[str, int]]:
+    """What the server's phases need, and, at a `client` in the same process, a client's steps."""
+    wire, shards, sent = Uploads(), [None] * cfg.clients, []
     with counting(cfg.device == "cuda") as (live, stand_in):
-        server, sent = a_server(config, cfg, method), []
-        first = growth(live, stand_in, lambda: sent.append(server.bootstrap()))
-        client = method.Client(sent[0], cfg, "meta") if with_client else None
-        rounds = growth(live, stand_in, lambda: train(server, client, cfg))
-        return [first, rounds, growth(live, stand_in, lambda: evaluate(server, cfg))]
+        def phase(work):
+            return growth(live, stand_in, work)
+        server = a_server(config, cfg, method)
+        phases = {"bootstrap": phase(lambda: sent.append(server.bootstrap())),
+                  "round": phase(lambda: [*federate(server, None, shards, cfg, wire, 1)]),
+                  "evaluation": phase(lambda: evaluate(server, cfg))}
+        client = method.Client(sent[0], cfg, "meta")
+        return phases | {"client": phase(lambda: client.update(1, wire.payload, Longest(cfg), 0))}
 
 
 def client_process(config: ModelConfig, cfg, method) -> dict[str, int]:
@@ -214,32 +222,67 @@ def client_process(config: ModelConfig, cfg, method) -> dict[str, int]:
 # ---- the counts ---------------------------------------------------------------------------------
 
 def settings(config: ModelConfig, cfg) -> tuple[ModelConfig, object]:
-    """The run's, with two steps of each kind in two rounds, on "cpu" or "cuda", for which a GPU need
-    not be there."""
+    """The run's, with two steps of each kind in the second of two rounds, on "cpu" or "cuda", for
+    which no GPU need be there."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     with expecting("a device such as cpu, cuda or auto", f"--device {cfg.device}"):
         device = torch.device(auto if cfg.device == "auto" else cfg.device).type
-    few = {name: min(getattr(cfg, name), 2) for name in ("rounds", "local_steps", "align_init",
-                                                         "align_steps")}
+    align = max(cfg.align_steps, cfg.align_init * (cfg.align_init_on == "lora"))
     config = config if config.vocab_size > 0 else replace(config, vocab_size=32000)     # LLaMA's
-    return config, replace(cfg, device=device, **few)
+    return config, replace(cfg, device=device, rounds=2, local_steps=min(cfg.local_steps, 2),
+                           align_init=min(cfg.align_init, 2), align_steps=min(align, 2))
 
 
 def needed(config: ModelConfig, cfg, method) -> dict[str, int]:
-    """Bytes at the peak of a `server`'s process, a `client`'s, and of `one_process` with both; what
-    an `evaluation` adds to the server's weights; and of the steps that need most server_weights,
-    server_activations (kept for the backward pass), …_optimizer, …_temporaries; client_… likewise.
+    """Bytes at the peak of a `server`'s process, of a `client`'s, and in `one_process` with all;
+    what an `evaluation` adds to the server's weights, and a token in its cache; the `uploads` of a
+    round. Of the phase that needs most, its parts: server_weights, server_activations (kept for the
+    backward pass), server_optimizer (its state), server_temporaries (gradients too); client_… too.
     """
     config, cfg = settings(config, cfg)
-    *steps, evaluation = process(config, cfg, method, with_client=False)
-    parts = {"server": max(steps, key=total), "client": client_process(config, cfg, method)}
-    uploads = (cfg.clients_per_round or cfg.clients) * payload_bytes(
-        a_server(config, cfg, method).expected(0))
-    counts = {"server": max(map(total, [*steps, evaluation])), "client": total(parts["client"]),
-              "one_process": max(map(total, process(config, cfg, method, with_client=True))),
-              "evaluation": total(evaluation) - evaluation["weights"], "uploads": uploads}
+    phases = server_process(config, cfg, method)
+    together, evaluation = phases.pop("client"), phases["evaluation"]
+    of_client = together["weights"] - evaluation["weights"]     # beside what the server has
+    parts = {"server": max(phases["bootstrap"], phases["round"], key=total),
+             "client": client_process(config, cfg, method)}
+    server = a_server(config, cfg, method)
+    upload = payload_bytes(server.expected(0)) * (cfg.clients_per_round or cfg.clients)
+    counts = {"server": max(map(total, phases.values())), "client": total(parts["client"]),
+              "one_process": max(total(together) + upload, total(phases["bootstrap"]),
+                                 of_client + max(total(phases["round"]), total(evaluation))),
+              "evaluation": total(evaluation) - evaluation["weights"],
+              "evaluation_cache_a_token": max(map(cache_of_a_token, server.models().values())),
+              "uploads": upload}
     return counts | {f"{side}_{name}": n for side in parts for name, n in parts[side].items()}
 
 
 def total(parts: dict[str, int]) -> int:
     return sum(parts.values())
+
+
+# ---- for train.py -------------------------------------------------------------------------------
+
+def add_to(plan: dict, config: ModelConfig, cfg, method) -> dict[str, str]:
+    """Adds `memory_bytes`, what `needed` counts, to a plan; returns its rows for people."""
+    plan["memory_bytes"] = m = needed(config, cfg, method)
+    _, cfg = settings(config, cfg)
+    dtype = str(pick_dtype(cfg.dtype, cfg.device)).removeprefix("torch.")
+    rows = {"memory": f"{dtype} on {cfg.device}, at most: {cfg.batch_size} sequences of "
+                      f"{cfg.max_len} tokens (--max-len), each an answer's"}
+    for side in ("server", "client"):
+        rows[f"  {side}"] = (
+            f"{size(m[side])}: weights {size(m[side + '_weights'])}, for the backward pass "
+            f"{size(m[side + '_activations'])}, optimizer {size(m[side + '_optimizer'])}, "
+            f"gradients and temporaries {size(m[side + '_temporaries'])}")
+    rows["  evaluation"] = (f"{size(m['evaluation'])} beside the server's weights; a token's cache "
+                            f"{size(m['evaluation_cache_a_token'])}")
+    rows["  one process"] = f"{size(m['one_process'])}, server and clients together"
+    if cfg.device == "cpu":
+        rows["  allocator"] = ("may keep half as much again; the variable "
+                               "MALLOC_MMAP_THRESHOLD_=65536 gives it back")
+    return rows
+
+
+def size(n: int) -> str:
+    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB" if n >= 2**20 else (
+        f"{n / 2**10:.1f} KiB")
