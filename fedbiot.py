@@ -94,14 +94,13 @@ def spread(total: int, kept: int) -> list[int]:
 
 def chunks(h: Tensor, W: Tensor) -> list[slice]:
     """Rows of h (N, D) by chunks whose fp32 logits would take 32 MB on the CPU, 512 MB on a GPU."""
-    budget, least = (2**25, 32) if h.device.type == "cpu" else (2**29, 1024)
-    size = max(budget // (4 * len(W)), least)
+    size = max(2**27 // len(W), 1024) if h.is_cuda else max(2**23 // len(W), 32)
     return [slice(a, min(a + size, len(h))) for a in range(0, len(h), size)]
 
 def slices(*tensors: Tensor):
     """The same rows of every tensor (n, ...): 4 MB of the first in fp32; on a GPU all of them."""
     n, V = tensors[0].shape
-    return zip(*(t.split(max(2**20 // V, 1) if t.device.type == "cpu" else n) for t in tensors))
+    return zip(*(t.split(n if t.is_cuda else max(2**20 // V, 1)) for t in tensors))
 
 def project(h: Tensor, W: Tensor) -> Tensor:
     """h (n, D) times W (V, D) transposed: logits (n, V), in fp32 where the product can give it."""

@@ -29,8 +29,7 @@ class LoRALinear(nn.Module):
         return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, A), B)
 
 def twin_blocks(lm: LM) -> dict[str, Block]:
-    """New blocks that share `lm`'s frozen tensors, so that LoRA can be put into them without
-    changing `lm`."""
+    """New blocks around `lm`'s frozen tensors: LoRA can be put into them without changing `lm`."""
     with torch.device("meta"):
         twins = {i: Block(lm.config).requires_grad_(False) for i in lm.layers}
     for i, block in lm.layers.items():

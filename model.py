@@ -327,8 +327,7 @@ class LM(nn.Module):
 # ---- checkpoints --------------------------------------------------------------------------------
 
 class Tokenizer:
-    """The sentencepiece model of LLaMA 1 and 2: text <-> ids. `ends` are EOS and the ids that end
-    a text beside it."""
+    """The sentencepiece model of LLaMA 1 and 2: text <-> ids. `ends`: EOS, other ids that end."""
     def __init__(self, path, ends=()):
         from sentencepiece import SentencePieceProcessor  # here: --plan needs no tokenizer
         self.pieces, content = SentencePieceProcessor(), read_bytes(path)

@@ -128,9 +128,9 @@ def plan(config: ModelConfig, cfg: RunConfig) -> dict:
             "trainable_params": sum(p.numel() for p in client.tuned.values()),
             "comm_mb_per_round": sent / 1e6, "gmac_per_token": client.macs_per_token() / 1e9}
 
-def print_plan(p: dict, c: ModelConfig, cfg: RunConfig):
+def print_plan(p: dict, c: ModelConfig, cfg: RunConfig, more: dict[str, str]):
     def row(name, text):
-        print(f"{name:16}  {text}")
+        print(f"{name:16}  {text}", flush=True)
     ckpt = min(cfg.ckpt, os.path.relpath(cfg.ckpt), key=len)
     row("method", f"{cfg.method}, {cfg.task}, {cfg.clients} clients, {cfg.rounds} rounds")
     row("model", f"{c.n_layers} layers x {c.dim}, {ckpt}")
@@ -140,6 +140,8 @@ def print_plan(p: dict, c: ModelConfig, cfg: RunConfig):
     row("trainable", f"{p['trainable_params']:,} parameters")
     row("communication", f"{megabytes(p['comm_mb_per_round'] * 1e6)} a client a round, down + up")
     row("compute", f"{p['gmac_per_token']:.4g} GMAC a token at a client")
+    for name, text in more.items():
+        row(name, text)
 
 # ---- run folder ---------------------------------------------------------------------------------
 
@@ -165,8 +167,8 @@ def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
             folder = folder if cfg.out else Path(f"runs/{name}-{number}")
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be made ({error.strerror})") from None
-    finished = last and (last / "summary.json").is_file()
-    if last and last != folder and (cfg.resume or restarted and not finished):
+    if last and last != folder and (
+            cfg.resume or restarted and not (last / "summary.json").is_file()):
         folder.rmdir()
         return last
     return folder
@@ -346,8 +348,7 @@ def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
     state = load_state(folder, known)
     full = load_weights(cfg.ckpt, replace(config, vocab_size=tokenizer.vocab_size),
                         dtype=pick_dtype(cfg.dtype, device), device=device)
-    print_plan(costs, config, cfg)
-    print(f"{'run':16}  {folder}\n", flush=True)
+    print_plan(costs, config, cfg, {"run": f"{folder}\n"})
     server = method.Server(full, public, cfg)
     if state:
         restore(server, state["server"], folder)
@@ -370,7 +371,10 @@ def run(argv=None, processes=None) -> int:
     config = ModelConfig.read(cfg.ckpt)
     costs = plan(config, cfg)
     if cfg.plan:
-        print(json.dumps(costs)) if cfg.json else print_plan(costs, config, cfg)
+        more = {"memory": "needs extras/memory.py"}
+        if find_spec("extras"):
+            more = room("extras.memory").add_to(costs, config, cfg, method_of(cfg.method))
+        print(json.dumps(costs)) if cfg.json else print_plan(costs, config, cfg, more)
         return 0
     device = pick_device(cfg.device)
     if device.type == "cuda" and device.index is None:  # each process of a host takes the next GPU

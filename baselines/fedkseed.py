@@ -5,9 +5,10 @@
     g, a    (L(w + eps z) - L(w - eps z)) / 2 eps;  accumulator: w = w0 - eta sum_j a_j z(s_j)
     p       Pro: how often s_j is drawn;  tau, eta: local_steps, lr
 
-A step walks the client's fp32 copy in place, so it needs an inference's memory and one parameter's
+A client walks an fp32 copy in place, so a step needs an inference's memory and one parameter's
 noise. Each round begins at `start`, replayed from w0 once for all clients of a process: so a run
-that was resumed, or has more processes, is bit for bit the run that was never stopped.
+that was resumed, or has more processes, is bit for bit the run that was never stopped. Two fp32
+copies at a time, `start` and what walks or is evaluated. The host reads g once, after all steps.
 """
 import math
 import random
@@ -32,12 +33,17 @@ def candidates(master: int, K: int) -> list[int]:
 
 
 @torch.no_grad()
-def step_along(weights: list[Tensor], seed: int, scale: float):
-    """w <- w + scale z(seed), in place: a generator of its own, one whole parameter at a time."""
-    rng = torch.Generator(weights[0].device).manual_seed(seed)
+def step_along(weights: list[Tensor], seed: int, scale: float | Tensor):
+    """w <- w + scale z(seed), in place: a generator of its own, one whole parameter at a time. A
+    scale that is a tensor () of the weights' device is not read; on the CPU the bits are equal."""
+    device = weights[0].device
+    rng = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
     for w in weights:
-        z = torch.randn(w.shape, generator=rng, device=w.device, dtype=torch.float32)
-        w.add_(z, alpha=scale)
+        z = torch.randn(w.shape, generator=rng, device=device, dtype=torch.float32)
+        if torch.is_tensor(scale):
+            w.addcmul_(z, scale.float())
+        else:
+            w.add_(z, alpha=scale)
 
 
 def replay(weights: list[Tensor], a: Tensor, master: int, eta: float):
@@ -49,7 +55,9 @@ def replay(weights: list[Tensor], a: Tensor, master: int, eta: float):
 
 def fp32_copy(weights: Payload, device) -> LM:
     """The model, to be walked in place: in one process the given tensors are the server's own."""
-    return lm_from({name: t.clone() for name, t in weights.items()}, device).float()
+    copies = {name: t.to(device, torch.float32, copy=True) for name, t in weights.items()
+              if name != "config"}
+    return lm_from(copies | {"config": weights["config"]}, device)
 
 
 @dataclass(frozen=True)
@@ -118,47 +126,58 @@ class Client:
 
     def __init__(self, bootstrap: Payload, cfg, device="cpu"):
         self.cfg, self.given = cfg, lm_from(bootstrap, device)
-        self.start, self.lm = fp32_copy(bootstrap, device), fp32_copy(bootstrap, device)
-        self.tuned, self.held = dict(self.lm.named_parameters()), torch.zeros(0)
-        self.w = [*self.tuned.values()]
+        self.start, self.held = fp32_copy(bootstrap, device), torch.zeros(0)
+        self.tuned = dict(self.start.named_parameters())
 
     @torch.no_grad()
     def update(self, t: int, payload: Payload, examples, m: int) -> tuple[Payload, dict]:
-        cfg, eps, tau, losses = self.cfg, self.cfg.kseed_eps, self.cfg.local_steps, []
+        cfg, tau = self.cfg, self.cfg.local_steps
         seeds = candidates(payload["seed"].item(), len(payload["a"]))
         p = payload.get("p", torch.ones(len(seeds))).cpu()
         j = torch.multinomial(p, tau, True, generator=generator(cfg.seed, t, m))
-        g = torch.zeros(tau)
         self.restart(payload)
-        for k, batch in enumerate(examples.batches(tau, cfg.batch_size, (cfg.seed, t, m))):
-            step_along(self.w, seeds[j[k]], eps)
-            above = self.loss(batch)
-            step_along(self.w, seeds[j[k]], -2 * eps)
-            below = self.loss(batch)
-            if math.isfinite(above - below):        # else a step of 0, here and in every replay
-                g[k] = (above - below) / (2 * eps)
-                losses.append((above + below) / 2)
-            step_along(self.w, seeds[j[k]], eps - cfg.lr * g[k].item())     # back, and - eta g z
+        lm = fp32_copy(weights_of(self.start), self.start.output.weight.device)
+        batches = examples.batches(tau, cfg.batch_size, (cfg.seed, t, m))
+        found = [self.step(lm, seeds[j[k]], batch) for k, batch in enumerate(batches)]
+        g, losses = torch.stack([torch.stack(pair) for pair in found]).cpu().T     # fp64, (tau,)
+        losses = [loss for loss in losses.tolist() if math.isfinite(loss)]
         if len(losses) < tau:
             print(f"note: round {t + 1}, client {m}: {tau - len(losses)} of {tau} steps had no "
                   f"finite loss and moved nothing", file=sys.stderr)
         loss = sum(losses) / len(losses) if losses else math.nan        # NaN: `accepted` says so
-        return {"j": j.int(), "g": g}, {"loss": loss}
+        return {"j": j.int(), "g": g.float()}, {"loss": loss}
+
+    def step(self, lm: LM, seed: int, batch) -> tuple[Tensor, Tensor]:
+        """A step of `lm`'s weights along z(seed), in place: (g, the mean of the two losses), fp64
+        numbers on their device; g is rounded to fp32, as it is sent. Losses that are not finite
+        are a step of 0, here and in every replay."""
+        eps, w = self.cfg.kseed_eps, [*lm.parameters()]
+        step_along(w, seed, eps)
+        above = self.loss(lm, batch)
+        step_along(w, seed, -2 * eps)
+        below = self.loss(lm, batch)
+        apart = above - below
+        g = torch.where(apart.isfinite(), apart / (2 * eps), 0.0).float().double()
+        step_along(w, seed, eps - self.cfg.lr * g)                      # back, and - eta g z
+        return g, (above + below) / 2
 
     def restart(self, payload: Payload):
-        """The round's weights into `w`: the accumulator replayed from w0, whenever one joins."""
+        """The round's weights into `start`: the accumulator replayed from w0, whenever one joins.
+        """
         a = payload["a"].cpu()
         if not torch.equal(a, self.held):
             self.start.load_state_dict(self.given.state_dict())         # copied, to fp32
             replay([*self.start.parameters()], a, payload["seed"].item(), self.cfg.lr)
             self.held = a
-        self.lm.load_state_dict(self.start.state_dict())
 
     def macs_per_token(self) -> int:
         """Two forward passes and no backward, over the matrices of all layers."""
-        return 2 * sum(p.numel() for n, p in self.lm.layers.named_parameters() if "norm" not in n)
+        layers = self.start.layers
+        return 2 * sum(p.numel() for n, p in layers.named_parameters() if "norm" not in n)
 
-    def loss(self, batch) -> float:
-        batch = batch.to(self.w[0].device)
-        h = self.lm.hidden(batch.tokens, rows=batch.rows)                   # (N, D)
-        return linear_cross_entropy(h, self.lm.output.weight, batch.targets, batch.weights).item()
+    def loss(self, lm: LM, batch) -> Tensor:
+        """Eq. 1 at `lm`, an fp64 number () on its device."""
+        batch = batch.to(lm.output.weight.device)
+        h = lm.hidden(batch.tokens, rows=batch.rows)                        # (N, D)
+        loss = linear_cross_entropy(h, lm.output.weight, batch.targets, batch.weights)
+        return loss.double()

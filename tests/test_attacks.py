@@ -17,7 +17,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import fedbiot
@@ -429,50 +428,3 @@ def test_a_thousand_clients_take_the_memory_of_ten():
             assert job.exitcode == 0, (path / "log").read_text()
             peaks.append(read_json(run / "summary.json")["peak_memory_bytes"])
         assert peaks[1] < peaks[0] + 30e6, peaks
-
-# ---- what the host reads ------------------------------------------------------------------------
-
-class Reads(TorchDispatchMode):
-    """Runs without memory, on "meta", and counts where the host would wait for a GPU: a number that
-    is read, a tensor copied to the CPU, a shape that depends on numbers (nonzero)."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        source = next((a for a in args if torch.is_tensor(a) and a.device.type == "meta"), None)
-        device = str(kwargs.get("device", ""))
-        read = source is not None and (function is torch.ops.aten._local_scalar_dense.default
-                                       or "nonzero" in str(function) or device == "cpu")
-        copied = function is torch.ops.aten.copy_.default and args[0].device.type == "cpu"
-        if read or copied and args[1].device.type == "meta":
-            self.found.append(str(function))
-            return 1.0 if device != "cpu" else torch.ones(source.shape, dtype=source.dtype)
-        return function(*args, **kwargs)
-
-
-def test_the_host_reads_a_gpu_once_a_client_and_once_an_alignment():
-    # kills: a loss read every step; a mask's rows looked for; uploads measured one by one
-    def reads(call, *args):
-        on_gpu = patch.object(torch.Tensor, "is_cuda", property(lambda self: True))
-        no_autocast = patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-        with Reads() as mode, on_gpu, no_autocast:          # autocast does not know "meta"
-            result = call(*args)
-        return mode.found, result
-    for dtype, tuned in ((torch.float32, "weights"), (torch.bfloat16, "lora")):
-        cfg = config(local_steps=5, align_init=5, align_steps=5, align_init_on=tuned)
-        server = fedbiot.Server(tiny_lm().to(dtype).to("meta"), toy_shard(), cfg)
-        found, bootstrap = reads(server.bootstrap)
-        assert len(found) == (tuned == "weights"), f"Eq. 5, all steps: {found}"
-        client = fedbiot.Client(bootstrap, cfg, "meta")
-        found, payload = reads(server.broadcast, 1)
-        assert len(found) == 1, f"Eq. 7, all steps: {found}"
-        found, (upload, metrics) = reads(client.update, 1, payload, toy_shard(), 0)
-        assert len(found) == 1, f"all steps of a client: {found}"
-        results = {m: (upload, metrics | {"examples": 4}) for m in range(6)}
-        found, _ = reads(fedbiot.accepted, 1, results, server.expected(1), cfg)
-        assert len(found) == 1, f"the norms of all uploads: {found}"
-        found, _ = reads(server.aggregate, 1, [upload] * 6, [1.0] * 6)
-        assert not found, found

@@ -110,6 +110,17 @@ def test_fedavg_tunes_every_layer_and_averages_by_size():
 
 # ---- FedKSeed -----------------------------------------------------------------------------------
 
+def walked_by(client, losses=None) -> list:
+    """Will hold the model that the client's next update walks; `losses` in place of its own."""
+    seen, loss = [], client.loss
+
+    def watched(lm, batch):
+        seen[:] = [lm]
+        return loss(lm, batch) if losses is None else torch.tensor(next(losses)).double()
+    client.loss = watched
+    return seen
+
+
 def test_fedkseed_replay_equals_the_walked_weights():
     # kills: sign of g; perturbation left in; eta left out; lambda not normalised; other noise in
     # the replay; tied weights walked as two
@@ -121,8 +132,9 @@ def test_fedkseed_replay_equals_the_walked_weights():
         walked, ups = [], []
         for m, shard in enumerate(shards):
             client = fedkseed.Client(server.bootstrap(), cfg)
+            seen = walked_by(client)
             ups.append(client.update(0, server.broadcast(0), shard, m)[0])
-            walked.append([p.double() for p in client.lm.parameters()])
+            walked.append([p.double() for p in seen[0].parameters()])
             assert len(walked[0]) == len(list(full.parameters())), "a tied weight is walked once"
         server.aggregate(0, ups, [float(len(s)) for s in shards])
         w0, total = [p.double() for p in full.parameters()], sum(map(len, shards))
@@ -195,18 +207,19 @@ def peak(call):
     call()
     return status("VmHWM") - start
 def infer():
-    torch.no_grad()(client.loss)(batch)
+    torch.no_grad()(client.loss)(client.start, batch)
 def step():
     client.update(0, server.broadcast(0), data, 0)
 infer()
-weights, inference = sum(4 * p.numel() for p in client.w), peak(infer)
-print((weights + peak(step)) / (weights + inference))       # the first step: freed memory stays
+weights, inference = sum(4 * p.numel() for p in client.start.parameters()), peak(infer)
+copies = 2 * weights                                        # the round's start, and what walks
+print((weights + peak(step)) / (copies + inference))        # the first step: freed memory stays
 """
 
 
 def test_fedkseed_noise_is_the_same_elsewhere_and_a_step_needs_an_inferences_memory():
-    # kills: the global generator; one generator for all draws; seeds from hash(); z kept; weights
-    # cloned in a step
+    # kills: the global generator; one generator for all draws; seeds from hash(); z kept; a third
+    # copy of the weights in a step
     if not Path("/proc/self/clear_refs").exists():
         raise Skip("Linux only: /proc/self/clear_refs")
     weights, seeds = [torch.zeros(5, 3), torch.zeros(40)], fedkseed.candidates(7, 3)
@@ -240,14 +253,13 @@ def test_fedkseed_leaves_the_servers_weights_and_a_nan_step_moves_nothing():
     full, cfg = tiny_lm(), method_config("fedkseed", local_steps=4, lr=1e-4)
     before, server = copied(full.state_dict()), fedkseed.Server(full, None, cfg)
     client = fedkseed.Client(server.bootstrap(), cfg)
-    losses = iter([1.0, math.nan, 2.0, 1.5] + [math.inf] * 4)
-    with patch.object(client, "loss", lambda batch: next(losses)), \
-            contextlib.redirect_stderr(io.StringIO()) as err:
+    seen = walked_by(client, iter([1.0, math.nan, 2.0, 1.5] + [math.inf] * 4))
+    with contextlib.redirect_stderr(io.StringIO()) as err:
         up, metrics = client.update(0, server.broadcast(0), toy_shard(), 0)
     assert (up["g"] != 0).tolist() == [False, True, False, False]
     assert metrics["loss"] == 1.75 and "3 of 4" in err.getvalue()
     server.aggregate(0, [up], [1.0])
-    assert off(client.w, list(server.models()["full"].parameters())) < 1e-6
+    assert off(list(seen[0].parameters()), list(server.models()["full"].parameters())) < 1e-6
     assert same(before, full.state_dict())
 
 
