@@ -87,17 +87,20 @@ def attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
 
 
 class StandIn(TorchFunctionMode):
-    """While this lasts attention is the flash kernel's. `marks` are the bytes that were live when a
-    backward pass began."""
+    """While this lasts attention is the flash kernel's, and on CUDA a norm is one kernel's, which
+    keeps its input; the CPU's keeps more. `marks` are the bytes that were live when a backward pass
+    began."""
 
-    def __init__(self, live: Live):
+    def __init__(self, cuda: bool, live: Live):
         super().__init__()
-        self.live, self.marks = live, []
+        self.cuda, self.live, self.marks = cuda, live, []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             return attention(*args, **kwargs)
+        if function is F.rms_norm and self.cuda:
+            return torch.ops.aten._fused_rms_norm(*args, **kwargs)[0]
         if function is torch.Tensor.backward:
             self.marks.append(self.live.now)
         return function(*args, **kwargs)
@@ -132,7 +135,7 @@ def counting(cuda: bool):
     """(Live, StandIn) of a run on CUDA, or on the CPU, while the block lasts: tensors say that they
     are there, and the run's code does what it does there."""
     live, stack = Live(), contextlib.ExitStack()
-    stand_in = StandIn(live)
+    stand_in = StandIn(cuda, live)
     if cuda:
         stack.callback(register_optimizer_step_pre_hook(many_at_once).remove)
     says = patch.object(Tensor, "is_cuda", property(lambda self: cuda))
@@ -236,8 +239,8 @@ def settings(config: ModelConfig, cfg) -> tuple[ModelConfig, object]:
 def needed(config: ModelConfig, cfg, method) -> dict[str, int]:
     """Bytes at the peak of a `server`'s process, of a `client`'s, and in `one_process` with all;
     what an `evaluation` adds to the server's weights, and a token in its cache; the `uploads` of a
-    round. Of the phase that needs most, its parts: server_weights, server_activations (kept for the
-    backward pass), server_optimizer (its state), server_temporaries (gradients too); client_… too.
+    round. Of the phase that needs most, its parts: server_weights, server_activations (for the
+    backward pass), server_optimizer (its state), server_temporaries (with gradients); client_….
     """
     config, cfg = settings(config, cfg)
     phases = server_process(config, cfg, method)

@@ -19,6 +19,7 @@ import eval as evaluation
 import fedbiot
 import lora
 import train
+from extras import memory
 from tests.common import (
     HERE, RUN_FILES, WEIGHTS, assert_same_run, cli, fast_scores, folder, meta_folder, one_line,
     read_json, read_log, read_saved, refused, scored, small_run, start,
@@ -31,8 +32,14 @@ LLAMA_2_7B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "n
 
 # ---- the plan -----------------------------------------------------------------------------------
 
+def without_memory():
+    """While this lasts a plan does not count memory, which takes seconds: tests/test_memory.py."""
+    return patch.object(memory, "add_to", return_value={})
+
+
 def planned(*argv) -> dict:
-    status, out, err = cli(*argv, "--plan", "--json")
+    with without_memory():
+        status, out, err = cli(*argv, "--plan", "--json")
     assert (status, err) == (0, ""), err
     return json.loads(out)
 
@@ -53,7 +60,8 @@ def test_plan_prints_table_5_from_params_json_alone():
             assert round(plan["trainable_params"] / 1e6, 3) == millions
             assert round(plan["comm_mb_per_round"], 2) == mb
             assert round(plan["gmac_per_token"], 2) == gmac
-            status, table, err = cli(*argv, "--plan")
+            with without_memory():
+                status, table, err = cli(*argv, "--plan")
             assert (status, err) == (0, "") and f"{mb:.2f} MB" in table
             assert f"{s * 131072:,}" in table
 
@@ -130,7 +138,8 @@ def test_a_flag_without_a_use_is_noted_once_and_a_contradiction_refused():
         (path / "params.json").write_text(json.dumps(LLAMA_2_7B))
 
         def plan(*argv):
-            return cli("--ckpt", path, "--plan", *argv)
+            with without_memory():
+                return cli("--ckpt", path, "--plan", *argv)
         answer = plan("--method", "fedavg", "--dropout", ".5", "--tt-rank", 3, "--rank", 4)
         note = one_line(answer, "--dropout", "--tt-rank", status=0)
         assert "--rank" not in note.replace("--tt-rank", "")
