@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data import Batch, Example, collate
 from eval import pick_dtype
 from fedbiot import Payload, Wire, federate, payload_bytes
-from model import CACHE_BYTES, ModelConfig, expecting, generate, load_weights
+from model import CACHE_BYTES, LM, ModelConfig, expecting, generate, load_weights
 
 SHOT = 128              # tokens of a worked example; GSM8K's have about 90
 
@@ -43,12 +43,19 @@ def tensors_in(values) -> list[Tensor]:
 
 class Live(TorchDispatchMode):
     """Bytes of the storages on "meta" that operators made while this lasts and that something still
-    refers to: `now`, and the `peak`. Views and what was there before add nothing. A number that the
-    host reads is 1."""
+    refers to: `now`, and the `peak`. Views and what was there before add nothing, nor do empty
+    models, which a run itself makes on "meta". A number that the host reads is 1."""
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.followed = 0, 0, {}
+        self.now, self.peak, self.followed, self.pausing = 0, 0, {}, False
+        self.empty = LM.empty
+
+    def empty_model(self, config, layer_ids=None) -> LM:
+        self.pausing = True
+        lm = self.empty(config, layer_ids)
+        self.pausing = False
+        return lm
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -62,7 +69,7 @@ class Live(TorchDispatchMode):
             return args[0].fill_(1)
         result, old = function(*args, **kwargs), {a.untyped_storage()._cdata for a in given}
         for t in tensors_in((result,)):
-            if t.is_meta and t.untyped_storage()._cdata not in old:
+            if t.is_meta and not self.pausing and t.untyped_storage()._cdata not in old:
                 self.follow(t.untyped_storage())
         return result
 
@@ -86,6 +93,19 @@ def attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
     return flash(q, k, v, 0.0, is_causal, attn_mask=attn_mask)[0]
 
 
+class FusedNorm(torch.autograd.Function):
+    """F.rms_norm as CUDA's kernel does it: keeps its input and a number a row."""
+
+    @staticmethod
+    def forward(ctx, x):                                            # (..., D) -> (..., D)
+        ctx.save_for_backward(x, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.empty_like(g)
+
+
 class StandIn(TorchFunctionMode):
     """While this lasts attention is the flash kernel's, and on CUDA a norm is one kernel's, which
     keeps its input; the CPU's keeps more. `marks` are the bytes that were live when a backward pass
@@ -100,7 +120,7 @@ class StandIn(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             return attention(*args, **kwargs)
         if function is F.rms_norm and self.cuda:
-            return torch.ops.aten._fused_rms_norm(*args, **kwargs)[0]
+            return FusedNorm.apply(args[0])
         if function is torch.Tensor.backward:
             self.marks.append(self.live.now)
         return function(*args, **kwargs)
@@ -117,7 +137,7 @@ class Mixed(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not F.linear or not self.enabled:
             return function(*args, **kwargs or {})
-        x, W = args
+        x, W = args[:2]
         rounded = self.rounded[W] if W in self.rounded else W.to(self.dtype)
         if W.requires_grad:
             self.rounded[W] = rounded
@@ -138,8 +158,10 @@ def counting(cuda: bool):
     stand_in = StandIn(cuda, live)
     if cuda:
         stack.callback(register_optimizer_step_pre_hook(many_at_once).remove)
-    says = patch.object(Tensor, "is_cuda", property(lambda self: cuda))
-    with stack, says, patch.object(torch, "autocast", Mixed), live, stand_in:
+    for owner, name, other in ((Tensor, "is_cuda", property(lambda self: cuda)),
+                               (LM, "empty", live.empty_model), (torch, "autocast", Mixed)):
+        stack.enter_context(patch.object(owner, name, other))
+    with stack, live, stand_in:
         yield live, stand_in
 
 
@@ -184,6 +206,13 @@ def a_server(config: ModelConfig, cfg, method):
     return method.Server(full, Longest(cfg), cfg)
 
 
+def count_weights(live: Live, server):
+    """On "meta" the weights in fp32 are shells that were kept."""
+    for lm in server.models().values():
+        for p in lm.parameters():
+            live.follow(p.untyped_storage())
+
+
 def evaluate(server, cfg):
     """The pass of a batch of prompts through each model, with the whole cache: `generate` believes
     that every text ends at once."""
@@ -206,6 +235,7 @@ def server_process(config: ModelConfig, cfg, method) -> dict[str, dict[str, int]
         def phase(work):
             return growth(live, stand_in, work)
         server = a_server(config, cfg, method)
+        count_weights(live, server)
         phases = {"bootstrap": phase(lambda: sent.append(server.bootstrap())),
                   "round": phase(lambda: [*federate(server, None, shards, cfg, wire, 1)]),
                   "evaluation": phase(lambda: evaluate(server, cfg))}
@@ -214,12 +244,12 @@ def server_process(config: ModelConfig, cfg, method) -> dict[str, dict[str, int]
 
 
 def client_process(config: ModelConfig, cfg, method) -> dict[str, int]:
-    """A client's process under torchrun: it holds what the bootstrap brought."""
+    """A client's process under torchrun: it holds what bootstrap and broadcast brought."""
     server = a_server(config, replace(cfg, align_init=0, align_steps=0), method)
     bootstrap, payload = server.bootstrap(), server.broadcast(0)
     with counting(cfg.device == "cuda") as (live, stand_in):
-        client = method.Client(copies(bootstrap), cfg, "meta")
-        return growth(live, stand_in, lambda: client.update(0, copies(payload), Longest(cfg), 0))
+        client, sent = method.Client(copies(bootstrap), cfg, "meta"), copies(payload)
+        return growth(live, stand_in, lambda: client.update(0, sent, Longest(cfg), 0))
 
 
 # ---- the counts ---------------------------------------------------------------------------------
