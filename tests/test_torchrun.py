@@ -321,8 +321,7 @@ def hosts_fall_asleep(path: Path):
 
 
 def test_a_host_that_falls_asleep_does_not_hold_up_the_others():
-    # kills: the server waits in a transfer, down or up; what arrives late counts in a later round;
-    # the client never comes back
+    # kills: the server waits in a transfer, down or up; the client never comes back
     original, seen = fedbiot.Wire.round, []
 
     def without_who_sleeps(self, t, payload, client, shards, chosen, expected):
