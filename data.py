@@ -20,7 +20,7 @@ from model import UserError, clean_text, expecting, parse_json, read_bytes, room
 
 # ---- files --------------------------------------------------------------------------------------
 
-LARGEST = 2**31  # bytes of a data file once unpacked: more is no data set but a gzip bomb
+LARGEST = 2**31  # bytes of a data file once unpacked: more is a gzip bomb
 
 def find_file(data_dir, name: str) -> Path:
     """data_dir/name. What the user placed is used as it is; what is missing is downloaded once."""
@@ -81,10 +81,10 @@ def prompt_of(instruction: str, input: str = "") -> str:
     return PREAMBLE.format("", instruction) + "### Response:"
 
 class Task(NamedTuple):
-    module: str                 # has read_training, prepare, score, score_predictions, report
-    clients: int                # the paper's number of clients
-    max_len: int                # tokens of the longest training sequence
-    training: str = ""          # the training file's path in a data folder
+    module: str  # has read_training, prepare, score, score_predictions, report
+    clients: int  # the paper's number of clients
+    max_len: int  # tokens of the longest training sequence
+    training: str = ""  # the training file's path in a data folder
 
 # PAPER SILENT: the longest sequences. What is longer is cut at its end, in the answer.
 TASKS = {"gsm8k": Task("eval", 3, 512, "gsm8k/train.jsonl"),
@@ -101,9 +101,9 @@ def accuracy(predicted: list, gold: list) -> dict:
 # ---- examples -----------------------------------------------------------------------------------
 
 class Example(NamedTuple):
-    ids: list[int]              # BOS, prompt, answer, EOS
-    answer: int                 # ids[answer:] are the targets
-    label: str = ""             # the row's
+    ids: list[int]  # BOS, prompt, answer, EOS
+    answer: int  # ids[answer:] are the targets
+    label: str = ""  # the row's
 
 def make_examples(rows: list[Row], tokenizer, max_len: int, what: str) -> list[Example]:
     """Rows as token ids of at most max_len. Prompt and answer are tokenised apart, so that the
@@ -147,10 +147,10 @@ def partition(labels: list[str], clients: int, seed: int) -> list[list[int]]:
 class Batch(NamedTuple):
     """B sequences, right-padded to T. The N rows are positions b T + t that predict an answer's
     token; N is padded to a multiple of 128 with rows of weight 0, so that few shapes occur."""
-    tokens: Tensor              # (B, T) int64
-    rows: Tensor                # (N,) int64
-    targets: Tensor             # (N,) int64
-    weights: Tensor             # (N,) fp32, their sum is 1
+    tokens: Tensor  # (B, T) int64
+    rows: Tensor  # (N,) int64
+    targets: Tensor  # (N,) int64
+    weights: Tensor  # (N,) fp32, their sum is 1
 
     def to(self, device) -> "Batch":
         return Batch(*(t.to(device, non_blocking=True) for t in self))

@@ -113,7 +113,7 @@ def cross_entropy_rows(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     gradients p - one-hot."""
     top, true = z.amax(-1, keepdim=True), z.gather(-1, y)
     p = torch.softmax(z, -1, out=z)
-    lse = top - p.amax(-1, keepdim=True).log()                          # exact: max p >= 1 / V
+    lse = top - p.amax(-1, keepdim=True).log()  # exact: max p >= 1 / V
     return lse - true, p.scatter_add_(-1, y, -torch.ones_like(true))  # in fp32, before any cast
 
 def kl_rows(t: Tensor, delta: Tensor, careful: bool) -> tuple[Tensor, Tensor]:
@@ -225,10 +225,10 @@ def lm_from(payload: Payload, device="cpu") -> LM:
 
 class Server:
     """Owns the whole LLM and the public data; clients get the emulator and the adapter."""
-    no_use = frozenset()                        # shared flags that mean nothing to the method
-    Flags = Config                              # a dataclass: the method's own flags, if any
-    period = 1                                  # rounds after which the sizes of payloads repeat
-    emulator: Payload = {}                      # the weights that Eq. 5 trained, by name
+    no_use = frozenset()  # shared flags that mean nothing to the method
+    Flags = Config  # a dataclass: the method's own flags, if any
+    period = 1  # rounds after which the sizes of payloads repeat
+    emulator: Payload = {}  # the weights that Eq. 5 trained, by name
 
     defaults = staticmethod(lambda method, bundled: {})  # its own values of shared flags
     split = staticmethod(lambda n, cfg: layer_extract(n, cfg.adapter, cfg.dropout))
@@ -486,9 +486,9 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
     fit = [m for m in results if not reasons[m]]
     norms = dict(zip(fit, distances([results[m][0] for m in fit], expected)))
     finite = [norm for norm in norms.values() if math.isfinite(norm)]
-    usual = median_low(finite or [0.0])                         # of two, the smaller
+    usual = median_low(finite or [0.0])  # of two, the smaller
     count = sum(like.numel() for like in expected.values() if like.is_floating_point())
-    bound = cfg.max_update_norm * max(1, 16 / count)**2         # a few numbers' norm varies a lot
+    bound = cfg.max_update_norm * max(1, 16 / count)**2  # a few numbers' norm varies a lot
     for m, norm in norms.items():
         if not math.isfinite(norm):
             reasons[m] = "not all of its numbers are finite; try a smaller --lr"

@@ -140,8 +140,8 @@ class ModelConfig:
     n_layers: int
     n_heads: int
     n_kv_heads: int
-    vocab_size: int                # -1 in old params.json: the tokenizer's
-    hidden_dim: int                # of the feed-forward
+    vocab_size: int  # -1 in old params.json: the tokenizer's
+    hidden_dim: int  # of the feed-forward
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     tied: bool = False  # output.weight is tok_embeddings.weight
@@ -423,7 +423,7 @@ def load(folder, layer_ids=None, dtype=torch.float32, device="cpu") -> tuple[LM,
 
 # ---- generation ---------------------------------------------------------------------------------
 
-CACHE_BYTES = 2**32  # 4 GiB of cache leave a card of 24 GB room beside a model of 7B
+CACHE_BYTES = 2**32  # leaves a card of 24 GB room beside a model of 7B
 
 def generate_batch(lm: LM, prompts, max_new_tokens: int, ends: tuple, pick) -> list[list[int]]:
     """One batch of `generate`. Finished rows leave the batch once they are a quarter of it."""
@@ -435,7 +435,7 @@ def generate_batch(lm: LM, prompts, max_new_tokens: int, ends: tuple, pick) -> l
     done, finite = torch.zeros_like(rows).bool(), torch.ones_like(rows[:1]).bool()
     output = rows.new_full((len(prompts), max_new_tokens), ends[0])
     x = lm.hidden(tokens, caches, rows=rows * longest + slots - 1)  # (B, D): each prompt's last
-    look_every = 1 if device.type == "cpu" else 16                  # reading stalls a GPU
+    look_every = 1 if device.type == "cpu" else 16  # reading stalls a GPU
     for step in range(max_new_tokens):
         logits = lm.output(x)  # (B, V)
         finite = finite & logits.isfinite().all()
@@ -445,8 +445,8 @@ def generate_batch(lm: LM, prompts, max_new_tokens: int, ends: tuple, pick) -> l
         if step % look_every == 0 or step + 1 == max_new_tokens:
             *over, fine = torch.cat((done, finite)).tolist()
             if not fine:
-                raise UserError("the model's numbers are not finite; if --dtype is fp16, they "
-                                "became too large for it: try bf16 or fp32")
+                raise UserError("the model's numbers are not finite; fp16 may be too narrow for "
+                                "them: try --dtype bf16 or fp32")
             if all(over):
                 break
             if sum(over) * 4 >= len(over):

@@ -97,8 +97,8 @@ def resolve(given: dict) -> RunConfig:
         raise UserError(f"--clients-per-round {cfg.clients_per_round}: expected at most the "
                         f"{cfg.clients} clients that there are")
     if cfg.validate and (cfg.task != "gsm8k" or cfg.own_data):
-        raise UserError(f"--validate {cfg.validate}: it scores gsm8k's training rows, and the "
-                        f"server has none with another --task or --own-data; leave it out")
+        raise UserError(f"--validate {cfg.validate}: scores rows of gsm8k's training file, not "
+                        f"with another --task or --own-data; leave it out")
     if method == "offsite" and cfg.clients != 1:
         raise UserError(f"--method offsite: Offsite-Tuning has one client, found {cfg.clients}; "
                         f"fedot has several")
@@ -339,7 +339,7 @@ def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
     tokenizer, known = load_tokenizer(cfg.ckpt, config), depends_on(cfg)
     public = make_public(cfg.data_dir, tokenizer, cfg.max_len)
     known["public data"] = digest_of(public.examples)
-    if processes:  # the data are with the clients: here stands whose rank, None for any
+    if processes:  # the clients have the data: whose rank, None for any
         shards = [m + 1 if cfg.own_data else None for m in range(cfg.clients)]
     else:
         shards = make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len,
@@ -377,7 +377,7 @@ def run(argv=None, processes=None) -> int:
         print(json.dumps(costs)) if cfg.json else print_plan(costs, config, cfg, more)
         return 0
     device = pick_device(cfg.device)
-    if device.type == "cuda" and device.index is None:  # each process of a host takes the next GPU
+    if device.type == "cuda" and device.index is None:  # a process, a GPU
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
     if processes and processes.rank:
@@ -391,7 +391,7 @@ def run(argv=None, processes=None) -> int:
     return 0
 
 def main(argv=None) -> int:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the wire between torchrun's processes
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun's
         return room("extras.torchrun").main(run, argv)
     return run(argv)
 
