@@ -271,10 +271,10 @@ def print_summary(summary: dict):
 
 class Run:
     """A run folder and what has been learnt so far: logs, saves and evaluates, round by round."""
-    def __init__(self, folder: Path, cfg: RunConfig, server, tokenizer, state: dict):
+    def __init__(self, folder: Path, cfg: RunConfig, server, tokenizer, state: dict, start: float):
         self.folder, self.cfg, self.server, self.tokenizer = folder, cfg, server, tokenizer
         self.state, self.rows = state, state["rows"]
-        self.start = time.perf_counter() - state["seconds"]
+        self.start = start - state["seconds"]
         write_json(folder / "config.json", as_json(cfg))
         if server.emulator and not self.rows:
             stored = {name: p.to(server.full.stored or p.dtype).cpu()
@@ -335,7 +335,7 @@ class Run:
 
 def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
     """The server's side, and in one process the clients' too: from the data to the summary."""
-    config, method = ModelConfig.read(cfg.ckpt), method_of(cfg.method)
+    start, config, method = time.perf_counter(), ModelConfig.read(cfg.ckpt), method_of(cfg.method)
     tokenizer, known = load_tokenizer(cfg.ckpt, config), depends_on(cfg)
     public = make_public(cfg.data_dir, tokenizer, cfg.max_len)
     known["public data"] = digest_of(public.examples)
@@ -360,7 +360,7 @@ def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
         client, wire = None, processes.start_clients(cfg, device, bootstrap, state["depends_on"])
     else:
         client, wire = method.Client(bootstrap, cfg, device), Wire()
-    log = Run(folder, cfg, server, tokenizer, state)
+    log = Run(folder, cfg, server, tokenizer, state, start)
     for record in federate(server, client, shards, cfg, wire, first_round=len(log.rows)):
         log.finish_round(record)
     print_summary(log.finish(payload_bytes(bootstrap), costs["trainable_params"], device))
