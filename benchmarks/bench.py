@@ -3,6 +3,7 @@
     python benchmarks/bench.py losses     the fused losses, the products alone, the proximal term
     python benchmarks/bench.py client     a client's local step; naive: LoRA trained in every layer
     python benchmarks/bench.py server     an alignment step; naive: a copy of the model a role
+    python benchmarks/bench.py shares     what of both steps the matrix products and attention are
     python benchmarks/bench.py load       a client's layers of a two-shard checkpoint
     python benchmarks/bench.py generate   greedy decoding of GSM8K, the same tokens
     python benchmarks/bench.py growth     a client's step over depth, vocabulary, length, clients
@@ -19,20 +20,23 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from fractions import Fraction
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fedbiot  # noqa: E402
 import peers  # noqa: E402
-from data import Example, Shard, collate, prompt_of, read_pairs  # noqa: E402
+from data import Example, Shard, collate, prompt_of  # noqa: E402
+from eval import read_pairs  # noqa: E402
 from fedbiot import Client, Config, Server, generator, layer_extract, weights_of  # noqa: E402
 from measuring import distance, fresh, peak_growth, status, table, timed  # noqa: E402
-from model import LM, ModelConfig, generate, load, load_weights, part_of  # noqa: E402
+from model import LM, ModelConfig, generate, load, load_weights  # noqa: E402
 
 SHAPES = {"tiny": ModelConfig(128, 12, 4, 2, 1024, 352),            # like the bundled model
           "small": ModelConfig(512, 32, 4, 4, 4000, 1376),          # LLaMA-2-7B at an eighth
@@ -260,7 +264,7 @@ def server_side(side, args):
 
     def steps():
         fedbiot.copy_into(one.emulated, start)
-        one.optimizer = one.new_optimizer()
+        one.optimizer.state.clear()
         one.align(1, args.steps)
         return torch.tensor(sum(one.measured.values()))
     return steps
@@ -282,6 +286,85 @@ def server_held(args) -> dict:
             "kept_mb": kept / 2**20, "mb/kept": held / kept}
 
 
+# ---- what the products are ----------------------------------------------------------------------
+
+class Operand(NamedTuple):
+    """A tensor as an operator was given it. What still lives after the step is a weight, and a
+    replay reads it where it is; else numbers of its shape, one tensor for all operands like it."""
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+    storage: weakref.ref
+
+    @classmethod
+    def of(cls, t) -> "Operand":
+        return cls(t.shape, t.stride(), t.storage_offset(), t.dtype, t.device,
+                   weakref.ref(t.untyped_storage()))
+
+    def tensor(self, pool: dict) -> torch.Tensor:
+        if (storage := self.storage()) is not None:
+            t = torch.empty(0, dtype=self.dtype, device=self.device)
+            return t.set_(storage, self.offset, self.shape, self.stride)
+        if self[:5] not in pool:
+            t = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+            pool[self[:5]] = t.normal_() if t.is_floating_point() else t.zero_()
+        return pool[self[:5]]
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators of a step that `wanted` names, for a replay of nothing else."""
+
+    def __init__(self, *wanted: str):
+        super().__init__()
+        self.wanted, self.notes = wanted, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        if any(w == name or len(w) > 8 and w in name for w in self.wanted):
+            given = [Operand.of(a) if torch.is_tensor(a) else a for a in args]
+            self.notes.append((function, given, kwargs))
+        return function(*args, **kwargs)
+
+    def replay(self) -> Callable:
+        pool = {}
+        calls = [(function, [a.tensor(pool) if isinstance(a, Operand) else a for a in given], more)
+                 for function, given, more in self.notes]
+
+        def step():
+            with torch.no_grad():
+                for function, given, more in calls:
+                    function(*given, **more)
+        return step
+
+
+PARTS = {"products": ("mm", "addmm", "bmm", "baddbmm"), "attention": ("scaled_dot_product",)}
+
+
+def shares(args) -> list[dict]:
+    """A step, and its products (with attention: its kernels) alone: the same shapes, replayed."""
+    rows = []
+    for name, step in (("client", client_side("ours", args, True)),
+                       ("server", server_side("ours", args))):
+        step()
+        work, ms = {"step": step}, {}
+        for part, operators in PARTS.items():
+            with Operators(*operators) as found:
+                step()
+            work[part] = found.replay()
+            work[part]()
+        for _ in range(args.rounds):
+            for part, call in work.items():
+                ms.setdefault(part, []).append(timed(call, args.device))
+        best = {part: min(times) for part, times in ms.items()}
+        row = {"case": f"{name} {args.shape} {args.dtype} B={args.batch_size}",
+               "step ms": best["step"] / args.steps}
+        row |= {f"{part}, share": best[part] / best["step"] for part in PARTS}
+        rows.append(row | {"rest": 1 - sum(best[part] for part in PARTS) / best["step"]})
+    return rows
+
+
 # ---- loading ------------------------------------------------------------------------------------
 
 def write_shards(folder: Path, config: ModelConfig):
@@ -292,7 +375,9 @@ def write_shards(folder: Path, config: ModelConfig):
     for shard in range(2):
         state = {}
         for name, shape in shapes.items():
-            size, _ = part_of(folder, name, shape, shard, parts=2)
+            columns = name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight"))
+            size = [n // 2 if len(shape) == 2 and axis == columns else n
+                    for axis, n in enumerate(shape)]                    # a norm is whole in each
             n = math.prod(size)
             state[name] = block.repeat(-(-n // len(block)))[:n].clone().view(size)
         torch.save(state, folder / f"consolidated.{shard:02d}.pth")
@@ -414,6 +499,7 @@ def draw(rows, path):
 # ---- command line -------------------------------------------------------------------------------
 
 CASES = {"losses": losses, "client": client, "server": server, "generate": generation}
+REPORTS = {"shares": shares, "load": load_report, "growth": growth_report}
 PEERS = {"losses": ["naive"], "client": ["transformers", "naive"],
          "server": ["transformers", "naive"],
          "generate": ["transformers"]}
@@ -423,7 +509,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=[*CASES, "load", "growth"])
+    add("what", choices=[*CASES, *REPORTS])
     add("--peer", action="append", help="naive compile transformers torchtune liger native; repeat")
     add("--json", action="store_true")
     add("--device", default="cpu", choices=("cpu", "cuda"))
@@ -444,8 +530,8 @@ def main():
     args = parser.parse_args()
     args.peer = args.peer or PEERS.get(args.what, [])
     torch.set_num_threads(args.threads)
-    if args.what in ("load", "growth"):
-        rows = load_report(args) if args.what == "load" else growth_report(args)
+    if args.what in REPORTS:
+        rows = REPORTS[args.what](args)
     else:
         rows = [r for i, case in enumerate(CASES[args.what](args)) for r in measure(case, i, args)]
     tables = [rows, gradient_errors()] if args.what == "losses" else [rows]

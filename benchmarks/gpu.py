@@ -3,8 +3,10 @@
     python benchmarks/gpu.py card        the card's name and the versions
     python benchmarks/gpu.py decode      a decoding step beside what reading the weights takes
     python benchmarks/gpu.py reads       how often the host waits for the device
+    python benchmarks/gpu.py memory      a step's peak beside what `train.py --plan` counts
 
---device cpu --shape tiny tries the first two without a GPU.
+--device cpu --shape tiny tries all but `reads` without a GPU (memory: set the variable
+MALLOC_MMAP_THRESHOLD_=65536, or the C library keeps more than is live).
 """
 import argparse
 import platform
@@ -13,9 +15,12 @@ import warnings
 
 import torch
 
-from bench import SHAPES, Given, batches_of, make_server, random_lm
-from fedbiot import Client, Config, generator, weights_of
-from measuring import table, timed
+from bench import SHAPES, Given, batches_of, make_server, random_lm     # it finds the modules below
+import fedbiot
+import train
+from extras import memory
+from fedbiot import Client, Config, Server, generator, layer_extract, weights_of
+from measuring import fresh, peak_growth, table, timed
 from model import generate
 
 
@@ -95,11 +100,42 @@ def reads(args) -> list[dict]:
     return rows
 
 
+# ---- memory -------------------------------------------------------------------------------------
+
+def longest(args):
+    """(architecture, configuration) of two steps, every sequence the longest."""
+    argv = ("--align-init-on", "lora", "--device", args.device, "--dtype", args.dtype, "--max-len",
+            "257", "--batch-size", str(args.batch_size), "--threads", "1")
+    return memory.settings(SHAPES[args.shape], train.parse(argv))
+
+
+def peak_of(args, side: str) -> float:
+    """MB that two steps of a client, or of the server, need beside what it holds."""
+    config, cfg = longest(args)
+    if side == "server":
+        server = Server(random_lm(config, None, args), memory.Longest(cfg), cfg)
+        return peak_growth(lambda: server.broadcast(1), args.device)
+    emulator, adapter = layer_extract(config.n_layers, cfg.adapter, cfg.dropout)
+    client = Client(weights_of(random_lm(config, emulator + adapter, args)), cfg, args.device)
+    sent = {name: p.detach().clone() for name, p in client.received.items()}
+    return peak_growth(lambda: client.update(1, sent, memory.Longest(cfg), 0), args.device)
+
+
+def memory_table(args) -> list[dict]:
+    counts, rows, args.threads = memory.needed(*longest(args), fedbiot), [], 1
+    for side in ("client", "server"):
+        mb, parts = fresh(peak_of, args, side), ("activations", "optimizer", "temporaries")
+        counted = sum(counts[f"{side}_{part}"] for part in parts) / 2**20
+        rows.append({"case": f"{side} {args.shape} {args.dtype} B={args.batch_size} x 256",
+                     "measured MB": mb, "counted MB": counted, "counted / measured": counted / mb})
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=("card", "decode", "reads"))
+    add("what", choices=("card", "decode", "reads", "memory"))
     add("--device", default="cuda", choices=("cpu", "cuda"))
     add("--dtype", default="bf16", choices=("bf16", "fp32"))
     add("--shape", default="7b", choices=SHAPES)
@@ -112,7 +148,8 @@ def main():
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: no GPU here that PyTorch can use")
     with torch.no_grad() if args.what == "decode" else torch.enable_grad():
-        table({"card": card, "decode": decode, "reads": reads}[args.what](args))
+        table({"card": card, "decode": decode, "reads": reads,
+               "memory": memory_table}[args.what](args))
     print()
 
 

@@ -3,10 +3,11 @@
 #
 #     sh benchmarks/gpu.sh > gpu.md          PYTHON=… takes another interpreter than python
 #
-# Losses beside the eager and the compiled naive form; a client's and a server's step of LLaMA-2-7B's
-# shape, random weights, bf16, beside transformers + peft; decoding against the bandwidth bound; how
-# often the host waits in a step. Some 40 GiB of the card's memory; a peer that does not fit, or is
-# not installed (pip install -r benchmarks/requirements.txt), says so in its row.
+# Losses beside the eager and the compiled naive form; a client's and a server's step of the shape
+# of LLaMA-2-7B, random weights, bf16, beside transformers + peft, and what share the products are;
+# decoding against the bandwidth bound; peaks of memory beside what --plan counts; how often the
+# host waits; the tests that stand in for a GPU. Some 40 GiB of the card's memory; a peer that does
+# not fit, or is not installed (pip install -r benchmarks/requirements.txt), says so in its row.
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python}
 if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; then
@@ -19,5 +20,8 @@ set -x
     --peer naive --peer compile
 "$python" benchmarks/bench.py client --device cuda --shape 7b --peer transformers
 "$python" benchmarks/bench.py server --device cuda --shape 7b --peer transformers
+"$python" benchmarks/bench.py shares --device cuda --shape 7b
 "$python" benchmarks/gpu.py decode
+"$python" benchmarks/gpu.py memory
 "$python" benchmarks/gpu.py reads --shape small
+"$python" test_all.py host_reads_a_gpu
