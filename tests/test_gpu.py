@@ -1,5 +1,5 @@
-"""What a GPU would do, seen without one: on the meta device, with tensors that say they are on a GPU,
-the CUDA branches run and every read of the host is counted."""
+"""What a GPU would do, seen without one: on the meta device, with tensors that say that they are on
+a GPU, the CUDA branches run and every read of the host is counted."""
 import contextlib
 from unittest.mock import patch
 
