@@ -824,7 +824,7 @@ def test_ctrl_c_ends_running_programs_at_once():
         start = time.monotonic()
         harness.send_signal(signal.SIGINT)
         said = harness.communicate()[1]
-        assert time.monotonic() - start < 2, "one second on an idle machine; 20 where it waits"
+        assert time.monotonic() - start < 10, "one second on an idle machine; 20 where it waits"
         assert harness.returncode and b"KeyboardInterrupt" in said
         wait_for(lambda: not list((path / "temporary").iterdir()), "the cleaner's end", 5)
         assert not programs_in(path)
