@@ -207,7 +207,7 @@ def read_run(folder: Path) -> RunConfig:
     if not os.path.isfile(folder / "summary.json"):
         raise UserError(f"--run {folder}: expected the folder of a finished run; go on with "
                         f"train.py --resume --out {folder}")
-    with expecting("the files and the checkpoint of the run as it left them", folder):
+    with expecting("its files as the run wrote them, and its checkpoint", folder):
         values = read_json(folder / "config.json")
         values["dropout"] = Fraction(values["dropout"])
         cfg = checked(config_of(values["method"]), values)
