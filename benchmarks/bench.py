@@ -440,22 +440,25 @@ def generation(args):
 # ---- growth -------------------------------------------------------------------------------------
 
 GROWTH = {"depth": [4, 8, 16, 32], "vocabulary": [1000, 4000, 16000, 64000, 128000],
-          "sequence": [128, 256, 512, 1024, 2048], "clients": [1, 10, 100, 1000]}
+          "sequence": [128, 256, 512, 1024, 2048], "clients": [1, 10, 100, 1000],
+          "a round": [1, 10, 30, 100]}
 
 
 def growth_point(args, axis: str, value: int) -> dict:
-    """A client's step (`clients`: a round of at most two, a step each), the other sizes fixed."""
+    """A client's step, the other sizes fixed. `clients`: a round of at most two of so many, a step
+    each; `a round`: of all of them."""
     at = {"depth": 8, "vocabulary": 4000, "sequence": 256, "clients": 2} | {axis: value}
+    at["clients"] = at.get("a round", at["clients"])
     config = ModelConfig(128, at["depth"] + 2, 4, 4, at["vocabulary"], 352)
     cfg = Config(dropout=Fraction(0), local_steps=1, batch_size=4, rounds=1, align_init=1,
-                 clients_per_round=min(2, at["clients"]))
+                 clients_per_round=0 if axis == "a round" else min(2, at["clients"]))
     full, T, g = random_lm(config, None, args), at["sequence"] + 1, generator(4)
     rows = [Example(torch.randint(3, config.vocab_size, (T,), generator=g).tolist(), T - 64)
             for _ in range(4 * at["clients"])]
     shards = [Shard(rows, list(range(4 * m, 4 * m + 4))) for m in range(at["clients"])]
     one = Client(weights_of(full), cfg, args.device)
     sent = {name: p.detach().clone() for name, p in one.received.items()}
-    server = Server(full, shards[0], cfg) if axis == "clients" else None
+    server = Server(full, shards[0], cfg) if axis in ("clients", "a round") else None
 
     def step():
         if server:
@@ -481,13 +484,14 @@ def draw(rows, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.2), constrained_layout=True)
+    figure, axes = plt.subplots(1, len(GROWTH), figsize=(16, 3.2), constrained_layout=True)
     for ax, axis in zip(axes, GROWTH):
         points, other = [r for r in rows if r["axis"] == axis], ax.twinx()
         xs = [r["at"] for r in points]
         ax.plot(xs, [r["ms"] for r in points], "o-", color="tab:blue")
         other.plot(xs, [r["mb"] for r in points], "s--", color="tab:orange")
-        ax.set(xscale="log", xlabel=axis, ylabel=f"ms a {'round' if axis == 'clients' else 'step'}")
+        whole = axis in ("clients", "a round")
+        ax.set(xscale="log", xlabel=axis, ylabel=f"ms a {'round' if whole else 'step'}")
         ax.set_xticks(xs, [f"{x // 1000}k" if x >= 4000 else str(x) for x in xs], fontsize=8)
         ax.minorticks_off()
         ax.set_ylim(0, 1.2 * max(r["ms"] for r in points))

@@ -127,21 +127,17 @@ class StandIn(TorchFunctionMode):
 
 
 class Mixed(TorchFunctionMode):
-    """torch.autocast for "meta", which has none: fp32 matrices are rounded for a product, those
-    that are tuned once for as long as this lasts."""
+    """torch.autocast for "meta", which has none: fp32 operands are rounded for a product, and the
+    rounded ones stay for the backward pass."""
 
     def __init__(self, device_type: str, dtype: torch.dtype, enabled: bool = True):
         super().__init__()
-        self.dtype, self.enabled, self.rounded = dtype, enabled, {}
+        self.dtype, self.enabled = dtype, enabled
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.linear or not self.enabled:
-            return function(*args, **kwargs or {})
-        x, W = args[:2]
-        rounded = self.rounded[W] if W in self.rounded else W.to(self.dtype)
-        if W.requires_grad:
-            self.rounded[W] = rounded
-        return F.linear(x.to(self.dtype), rounded)
+        if function is F.linear and self.enabled:
+            args = [x.to(self.dtype) for x in args[:2]]
+        return function(*args, **kwargs or {})
 
 
 def many_at_once(optimizer, args, kwargs):
