@@ -6,7 +6,7 @@ Read from the end: `federate` is Algorithm 2. Equations are numbered as the pape
     linear_cross_entropy            Eq. 1           F_m, a client's loss
     Server.alignment_losses         Eq. 3, 4        ||E(x) - E*(x)||^2, KL(full || compressed)
     Server.align_weights            Eq. 5           before round 1: over all weights of E
-    Client.loss, proximal           Eq. 6           F_m + epsilon/2 ||w_A - w_A^(t)||^2
+    Client.update, proximal         Eq. 6           F_m + epsilon/2 ||w_A - w_A^(t)||^2
     Server.align                    Eq. 7           between rounds: over the LoRA of E
     Client.update                   Eq. 8-10        K local steps, lines 8-15 of Algorithm 2
     Server.aggregate, federate      Eq. 2, 11       sum_m p_m A_m, line 16; the rounds
@@ -48,8 +48,8 @@ class Config:
     align_steps: int = option(10, "alignment steps between rounds (E)")
     # DIFFERS: section 3.1 and Eq. 5 tune all weights of E before round 1, section 4.1 and the
     # authors' code its LoRA alone. Both readings are here.
-    align_init_on: str = option("lora", "what these steps tune; weights (Eq. 5) takes 16 bytes a "
-                                "parameter; bundled model weights", choices=("weights", "lora"))
+    align_init_on: str = option("lora", "what these steps tune (Eq. 5: weights, at 16 bytes each); "
+                                "bundled model weights", choices=("weights", "lora"))
     # PAPER SILENT: the learning rate of the alignment, its warm-up and its decay.
     align_init_lr: float = option(1e-3, "peak learning rate of --align-init-on weights")
     server_lr: float = option(1e-4, "learning rate of E's LoRA; bundled model 2e-3")

@@ -48,9 +48,9 @@ class RunConfig(EvalConfig, Config):
     task: str = option("gsm8k", "what the clients' data teaches", choices=tuple(TASKS))
     method: str = option("fedbiot", "federated method", choices=tuple(METHODS))
     preset: str = option("paper", "the paper's settings, or its authors'", choices=tuple(PRESETS))
-    clients: int = option(3, "clients; of rosetta 9, of dolly 8", least=1)
+    clients: int = option(3, "number of clients; default of rosetta 9, of dolly 8", least=1)
     own_data: bool = option(False, "torchrun: every client rank has its own --data-dir")
-    max_len: int = option(512, "longest training sequence; of other tasks 1024", least=2)
+    max_len: int = option(512, "longest training sequence; other tasks 1024, bundled 256", least=2)
     strip_annotations: bool = option(False, "take GSM8K's <<48/2=24>> out of the training answers")
     eval_every: int = option(0, "rounds between evaluations (0: only at the end)")
     out: str | None = option(None, "run folder; default runs/<task>-<method>-…")
@@ -103,8 +103,8 @@ def resolve(given: dict) -> RunConfig:
         raise UserError(f"--method offsite: Offsite-Tuning has one client, found {cfg.clients}; "
                         f"fedot has several")
     if cfg.own_data and cfg.clients != world - 1:
-        raise UserError(f"--own-data with {cfg.clients} clients: each is a process under "
-                        f"torchrun, which started {world - 1}; leave --clients out")
+        raise UserError(f"--own-data: needs torchrun, a process for each of {cfg.clients} clients "
+                        f"beside the server's, found {world - 1}; leave --clients out")
     return cfg
 
 def as_json(cfg) -> dict:
@@ -205,8 +205,8 @@ def made_of(folder: Path, cfg: RunConfig) -> dict[str, str]:
 def read_run(folder: Path) -> RunConfig:
     """The configuration of a finished run, whose files are as the run wrote them."""
     if not os.path.isfile(folder / "summary.json"):
-        raise UserError(f"--run {folder}: expected the folder of a finished run; go on with "
-                        f"train.py --resume --out {folder}")
+        raise UserError(f"--run {folder}: expected the folder of a finished run; an unfinished "
+                        f"one goes on with train.py --resume --out")
     with expecting("its files as the run wrote them, and its checkpoint", folder):
         values = read_json(folder / "config.json")
         values["dropout"] = Fraction(values["dropout"])

@@ -49,7 +49,6 @@ def fetch(path: Path, name: str):
     url, check = SOURCES[name]
     part = path.with_name(f"{os.getpid()}.part-{path.name}")    # keeps its ending: read_rows asks
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         download(url, part)
         verify(part, url, check)
         part.rename(path)
@@ -62,7 +61,10 @@ def fetch(path: Path, name: str):
 
 
 def download(url: str, path: Path):
-    with urllib.request.urlopen(url, timeout=60) as answer, open(path, "xb") as file:
+    with contextlib.ExitStack() as stack:
+        answer = stack.enter_context(urllib.request.urlopen(url, timeout=60))
+        path.parent.mkdir(parents=True, exist_ok=True)          # not before there is something
+        file = stack.enter_context(open(path, "xb"))
         size, name = int(answer.headers.get("Content-Length") or 0) or None, Path(url).name
         with tqdm(None, f"download {name}", size, unit="B", unit_scale=True, disable=None) as bar:
             while block := answer.read(1 << 20):
