@@ -52,6 +52,7 @@ class Live(TorchDispatchMode):
         self.empty = LM.empty
 
     def empty_model(self, config, layer_ids=None) -> LM:
+        """LM.empty, whose storages are not followed: it takes no memory on any device."""
         self.pausing = True
         lm = self.empty(config, layer_ids)
         self.pausing = False
@@ -167,8 +168,8 @@ def growth(live: Live, stand_in: StandIn, work) -> dict[str, int]:
     held = live.peak = live.now
     stand_in.marks.clear()
     work()
-    first, *_, last = (stand_in.marks or [held]) * 2
-    activations, optimizer = first - held, (stand_in.marks or [held])[-1] - first
+    marks = stand_in.marks or [held]
+    activations, optimizer = marks[0] - held, marks[-1] - marks[0]
     return {"weights": held, "activations": activations, "optimizer": optimizer,
             "temporaries": live.peak - held - activations - optimizer}
 

@@ -1,5 +1,9 @@
 """What a GPU would do, seen without one: on the meta device, with tensors that say that they are on
+<<<<<<< HEAD
 a GPU, the CUDA branches run and every read of the host is counted."""
+=======
+a GPU, the CUDA branches run, and every read of the host is counted."""
+>>>>>>> s-mem
 import contextlib
 from unittest.mock import patch
 
@@ -70,7 +74,8 @@ def a_round(module, full, cfg) -> tuple[dict[str, list[str]], object]:
 
 
 def test_the_host_reads_a_gpu_once_a_client_and_once_an_alignment():
-    # kills: a loss read every step; a mask's rows looked for; uploads measured one by one
+    # kills: loss.item() in a client's loop, or g.item() in FedKSeed's; rows looked for by a mask; a
+    # copy to the CPU in an alignment or a distillation; a CPU tensor in one; uploads measured apart
     for method, expected in READS.items():
         cfg = method_config(method, local_steps=3, align_init=3, align_steps=3)
         found, _ = a_round(train.method_of(method), tiny_lm().bfloat16().to("meta"), cfg)
@@ -81,7 +86,7 @@ def test_the_host_reads_a_gpu_once_a_client_and_once_an_alignment():
 
 
 def test_the_host_reads_a_gpu_once_in_sixteen_tokens():
-    # kills: a look at every token; a sampler that looks for the pieces it may draw
+    # kills: a look at every token; a sampler that picks the pieces it may draw by a mask
     for method, name in (("fedbiot", "adapfu"), ("fedkseed", "full"), ("fedpt", "proxy")):
         module, cfg = train.method_of(method), method_config(method, align_init=0)
         server = module.Server(tiny_lm(n_layers=3).to("meta"), None, cfg)
