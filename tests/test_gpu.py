@@ -1,9 +1,5 @@
 """What a GPU would do, seen without one: on the meta device, with tensors that say that they are on
-<<<<<<< HEAD
 a GPU, the CUDA branches run and every read of the host is counted."""
-=======
-a GPU, the CUDA branches run, and every read of the host is counted."""
->>>>>>> s-mem
 import contextlib
 from unittest.mock import patch
 
