@@ -225,11 +225,11 @@ def load_state(folder: Path, now: dict[str, str]) -> dict | None:
         return None
     state = read_saved(path)
     with expecting("a state that can be resumed; move it away to start anew", path):
-        then, rows = state["depends_on"] | {}, state["rows"]
+        then, rows, _ = state["depends_on"] | {}, state["rows"], state["server"]["learnt"]
         if [row["round"] for row in rows] != [*range(1, len(rows) + 1)]:
             raise ValueError("rows that are not rounds 1, 2, …")
         [row[name] + 0.0 for row in rows for name in ("client_loss", *COLUMNS[4:])]
-        state["server"]["learnt"], [m["accuracy"] for m in state["metrics"].values()]
+        state["seconds"] + sum(m["accuracy"] for m in state["metrics"].values())
         if "emulator.pt" in then:
             now = now | {"emulator.pt": fingerprint(folder / "emulator.pt")}
     for name, value in now.items():

@@ -233,14 +233,14 @@ def test_code_in_a_state_is_never_run_and_another_runs_state_is_refused():
         other_run = state["depends_on"] | {"--seed": 5, "--task": "dolly"}
         Evil.path = str(path / "owned")
         for content, *words in ((state | {"rows": Evil()}, "state.pt"), ({}, "state.pt"),
-                                (state | {"depends_on": {}}, "--task None"),
+                                (state | {"depends_on": {}}, "--dropout None"),
                                 ([1], "state.pt"), (state | {"depends_on": 7}, "state.pt"),
                                 (state | {"rows": [1]}, "state.pt"),
                                 ({"depends_on": state["depends_on"]}, "state.pt"),
                                 *((state | {name: None}, "state.pt") for name in state),
                                 (state | {"server": {}}, "state.pt"),
                                 (state | {"server": {"learnt": {}}}, run, "learnt"),
-                                (state | {"depends_on": other_run}, "--task dolly", "gsm8k")):
+                                (state | {"depends_on": other_run}, "--seed 5", "now it is 0")):
             torch.save(content, run / "state.pt")
             one_line(cli(*flags, "--out", run, "--resume"), *words)
             assert not (path / "owned").exists()

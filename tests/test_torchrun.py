@@ -285,7 +285,7 @@ def test_who_was_never_given_work_is_not_left_out():
         assert re.findall("client (.): left out", texts[0]) == ["0"], texts
 
 
-BALLAST = {"ballast": torch.zeros(2**24, dtype=torch.uint8)}        # no socket's buffer holds it
+BALLAST = 2**24         # bytes in a payload, more than a socket's buffer holds
 
 
 def hosts_fall_asleep(path: Path):
@@ -312,7 +312,8 @@ def hosts_fall_asleep(path: Path):
             time.sleep(0.02)
         payload.pop("ballast")
         return update(self, t, payload, shard, m)
-    fedbiot.Server.broadcast = lambda self, t: broadcast(self, t) | BALLAST
+    ballast = {"ballast": torch.zeros(BALLAST, dtype=torch.uint8)}
+    fedbiot.Server.broadcast = lambda self, t: broadcast(self, t) | ballast
     fedbiot.Client.update = update_when_all_are_here
     if rank == "2":
         torchrun.Processes.receive = receive_asleep
