@@ -17,7 +17,6 @@ import re
 import sys
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -41,14 +40,12 @@ class Parser(argparse.ArgumentParser):
                          argument_default=argparse.SUPPRESS, **extra,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         for f in (f for config in configs for f in fields(config)):
-            choices, kind = f.metadata.get("choices"), kind_of(f)
-            convert = decimal if kind is Fraction else kind
-            how = {"type": convert, "choices": choices, "metavar": "X"}
-            if kind is bool:
+            choices = f.metadata.get("choices")
+            how = {"type": kind_of(f), "choices": choices, "metavar": "X"}
+            if kind_of(f) is bool:
                 how = {"action": argparse.BooleanOptionalAction}
             text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
-            default = float(f.default) if kind is Fraction else f.default
-            text += "" if default in (None, False) else f" ({default})"
+            text += "" if f.default in (None, False) else f" ({f.default})"
             flags = f.metadata.get("flags", [flag(f.name)])
             self.add_argument(*flags, dest=f.name, help=text.replace("%", "%%"), **how)
 
@@ -60,15 +57,7 @@ def flag(name: str) -> str:
 
 def kind_of(f) -> type:
     """A field's type, where `int | None` is int."""
-    return next(k for k in (bool, int, float, str, Fraction) if k.__name__ in str(f.type))
-
-def decimal(text: str) -> Fraction:
-    """A decimal as it was typed: 0.2 is 1/5, not the binary number beside it."""
-    try:
-        float(value := Fraction(text if "/" in text else str(float(text))))
-    except ArithmeticError:
-        raise ValueError(text) from None  # argparse makes one line of it
-    return value
+    return next(k for k in (bool, int, float, str) if k.__name__ in str(f.type))
 
 def checked(config: type, values: dict):
     """A configuration whose values have their fields' types, choices and ranges; else UserError."""

@@ -39,7 +39,7 @@ def option(default, text, **extra):
 @dataclass(frozen=True)
 class Config:
     """What the algorithm needs to know. train.py adds its own and makes flags of it."""
-    dropout: Fraction = option(Fraction("0.2"), "share of layers below the adapter to drop (beta)")
+    dropout: float = option(0.2, "share of layers below the adapter to drop (beta)")
     adapter: int = option(2, "layers of the adapter (s)")
     rounds: int = option(500, "communication rounds (R); bundled model 5", least=1)
     local_steps: int = option(30, "steps of a client in a round (K)", least=1)
@@ -71,16 +71,18 @@ class Config:
 
 # ---- Algorithm 1 --------------------------------------------------------------------------------
 
-def layer_extract(n: int, s: int, beta: Fraction) -> tuple[list[int], list[int]]:
+def layer_extract(n: int, s: int, beta: float) -> tuple[list[int], list[int]]:
     """Algorithm 1: (emulator's layers, adapter's layers), 0-based indices of the model's n layers.
     DIFFERS: the paper's line 2 reads n' = floor(beta (n - s)); its own Table 5 needs (1 - beta).
-    In integers and fractions throughout: floats lose a layer at n - s = 16, n' = 14."""
+    beta is taken as the decimal that it prints as: the float 0.2 is a little above 1/5, and would
+    lose a layer."""
     if not 1 <= s < n:
         raise UserError(f"--adapter {s}: the model has {n} layers, so choose 1..{n - 1}")
-    kept = int((1 - Fraction(beta)) * (n - s))  # floor: both are >= 0
+    kept = math.floor((1 - Fraction(str(beta))) * (n - s))
     if beta < 0 or kept < 1:
-        raise UserError(f"--dropout {float(beta):g}: leaves {kept} of the {n - s} layers below the "
-                        f"adapter; choose 0..{float(1 - Fraction(1, n - s)):.4g}")
+        most = (n - s - 1) * 10**4 // (n - s) / 10**4
+        raise UserError(f"--dropout {beta}: expected 0..{most}, which leaves at least one of the "
+                        f"{n - s} layers below the adapter")
     return spread(n - s, kept), list(range(n - s, n))
 
 def spread(total: int, kept: int) -> list[int]:
@@ -138,13 +140,14 @@ class FusedLoss(torch.autograd.Function):
     """sum_i w_i l_i and its gradient for h, chunk by chunk. `chunk_loss(rows, w)` gives a chunk's
     sum and the gradient (n, V) of its unweighted losses for its logits."""
     @staticmethod
-    def forward(ctx, h, W, weights, needs_grad, chunk_loss):
-        loss, dh = weights.new_zeros(()), torch.empty_like(h) if needs_grad else None
+    def forward(ctx, h, W, weights, chunk_loss):
+        loss = weights.new_zeros(())
+        dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         for rows in chunks(h, W):
             w = weights[rows, None]  # (n, 1)
             part, dz = chunk_loss(rows, w)
             loss += part
-            if needs_grad:
+            if dh is not None:
                 dh[rows] = w * (dz.to(W.dtype) @ W)
             del dz  # before the next chunk's is made
         ctx.save_for_backward(dh)
@@ -152,7 +155,8 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        return ctx.saved_tensors[0] * g.to(ctx.saved_tensors[0].dtype), None, None, None, None
+        dh = ctx.saved_tensors[0]
+        return dh * g.to(dh.dtype), None, None, None
 
 def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """sum_i w_i * cross_entropy(W h_i, y_i): a scalar, fp32. Eq. 1.
@@ -165,8 +169,7 @@ def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor)
             total = total + (w_z * each).sum()
             z.copy_(gradient)
         return total, logits
-    needs_grad = torch.is_grad_enabled() and h.requires_grad
-    return FusedLoss.apply(h, W, weights, needs_grad, chunk_loss)
+    return FusedLoss.apply(h, W, weights, chunk_loss)
 
 def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor) -> Tensor:
     """sum_i w_i * KL(softmax(W h_teacher_i) || softmax(W h_student_i)): a scalar, fp32. Eq. 4.
@@ -182,8 +185,7 @@ def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor) 
             total = total + (w_t * each).sum()
             delta.copy_(gradient)
         return total, apart
-    needs_grad = torch.is_grad_enabled() and h_student.requires_grad
-    return FusedLoss.apply(h_student, W, weights, needs_grad, chunk_loss)
+    return FusedLoss.apply(h_student, W, weights, chunk_loss)
 
 def proximal(pairs, scale: float) -> Tensor:
     """Eq. 6: sum over (B, A, B0, A0) of ||scale (B A - B0 A0)||^2, a scalar, fp32.

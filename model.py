@@ -35,12 +35,15 @@ def room(name: str):
 
 @contextlib.contextmanager
 def expecting(what: str, where):
-    """Whatever goes wrong in the block becomes one line about the user's file `where`."""
+    """Whatever goes wrong in the block becomes one line about the user's file `where`. A line about
+    a file inside `where` is complete already."""
     try:
         yield
     except Exception as error:  # a damaged file raises nearly anything
         text = str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)
         text = getattr(error, "strerror", None) or " ".join(text.split())
+        if isinstance(error, UserError) and text.startswith(str(where)):
+            raise
         raise UserError(f"{where}: expected {what}, found: {text:.300}") from None
 
 def open_file(path):
@@ -112,12 +115,6 @@ def write_file(path, fill):
 def write_json(path, content):
     write_file(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
-def write_folder(path, fill):
-    """`fill(folder)`, whole or not at all; at `path` may be nothing but an empty folder."""
-    with replacing(Path(path)) as part:
-        part.mkdir()
-        fill(part)
-
 def fingerprint(path) -> str:
     """sha256 of a file's content."""
     with open_file(path) as file:
@@ -168,8 +165,12 @@ class ModelConfig:
         """Reads `folder`/params.json or config.json; nothing else is opened."""
         if os.path.isfile(Path(folder) / "config.json"):  # Hugging Face's
             return room("extras.huggingface").read_config(Path(folder))
-        with expecting("a LLaMA's params.json (Meta) or config.json (Hugging Face)", folder):
-            return cls.from_params(read_json(Path(folder) / "params.json"))
+        path = Path(folder) / "params.json"
+        if not os.path.lexists(path):
+            raise UserError(f"{folder}: expected a folder with a LLaMA's params.json (Meta) or "
+                            f"config.json (Hugging Face), found neither")
+        with expecting("the architecture of a LLaMA", path):
+            return cls.from_params(read_json(path))
 
     @classmethod
     def from_params(cls, p: dict) -> "ModelConfig":
@@ -351,12 +352,15 @@ def load_tokenizer(folder, config: ModelConfig) -> Tokenizer:
     """tokenizer.model of a checkpoint folder. In Hugging Face's, further ids may end a text."""
     is_hf = os.path.isfile(Path(folder) / "config.json")
     ends = room("extras.huggingface").end_ids(Path(folder)) if is_hf else ()
-    with expecting("a sentencepiece tokenizer.model (in Meta's downloads one folder up), a piece "
-                   "for each row of the embeddings (none for an added pad token)", folder):
-        tokenizer = Tokenizer(Path(folder) / "tokenizer.model", ends)
-        if config.vocab_size not in (-1, tokenizer.vocab_size):
-            raise UserError(f"{tokenizer.vocab_size} pieces, vocab_size {config.vocab_size}")
-        return tokenizer
+    path = Path(folder) / "tokenizer.model"
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: expected LLaMA's sentencepiece file, found none; in Meta's "
+                        f"downloads it is one folder up")
+    tokenizer = Tokenizer(path, ends)
+    if config.vocab_size not in (-1, tokenizer.vocab_size):
+        raise UserError(f"{path}: expected {config.vocab_size} pieces, one for each row of the "
+                        f"embeddings (none for an added pad token), found {tokenizer.vocab_size}")
+    return tokenizer
 
 def weight_files(folder: Path) -> list[tuple[Path, int]]:
     """(file, of how many shards that each hold a part of every matrix) of a folder's weights."""

@@ -13,12 +13,12 @@ if __name__ == "__main__":  # Ctrl-C is one line also while the rest is imported
 
 import contextlib
 import fcntl
+import itertools
 import json
 import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
-from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -85,8 +85,8 @@ def resolve(given: dict) -> RunConfig:
     """The whole configuration from the flags given: preset, then what the checkpoint suggests."""
     bundled, task = given.get("ckpt") is None, TASKS[given.get("task", "gsm8k")]
     method, world = given.get("method", "fedbiot"), int(os.environ.get("WORLD_SIZE", 1))
-    values = {"ckpt": str(BUNDLED_CKPT), "data_dir": str(BUNDLED_DATA), "max_len": task.max_len}
-    values["clients"] = task.clients
+    values = {"ckpt": str(BUNDLED_CKPT), "data_dir": str(BUNDLED_DATA),
+              "max_len": task.max_len, "clients": task.clients}
     values |= (BUNDLED if bundled else {}) | method_of(method).Server.defaults(method, bundled)
     values |= {"clients": world - 1} if world > 1 and given.get("own_data") else {}
     values |= PRESETS[given.get("preset", "paper")] | given
@@ -99,17 +99,14 @@ def resolve(given: dict) -> RunConfig:
     if cfg.validate and (cfg.task != "gsm8k" or cfg.own_data):
         raise UserError(f"--validate {cfg.validate}: scores rows of gsm8k's training file, not "
                         f"with another --task or --own-data; leave it out")
-    if method == "offsite" and cfg.clients != 1:
-        raise UserError(f"--method offsite: Offsite-Tuning has one client, found {cfg.clients}; "
-                        f"fedot has several")
     if cfg.own_data and cfg.clients != world - 1:
         raise UserError(f"--own-data: needs torchrun, a process for each of {cfg.clients} clients "
                         f"beside the server's, found {world - 1}; leave --clients out")
     return cfg
 
 def as_json(cfg) -> dict:
-    return {name: str(value) if isinstance(value, Fraction) else value
-            for name, value in asdict(cfg).items() if name not in ("resume", "plan", "json")}
+    return {name: value for name, value in asdict(cfg).items()
+            if name not in ("resume", "plan", "json")}
 
 # ---- plan ---------------------------------------------------------------------------------------
 
@@ -149,26 +146,32 @@ COLUMNS = ("round", "client_loss", "align_l2", "align_kl", "bytes_down", "bytes_
 FREE = {"out", "device", "client_timeout", "ckpt", "proxy_ckpt", "data_dir", "init_lora",
         "save_predictions"}  # a resumed run may change these
 
+def made(folder: Path) -> bool:
+    """Makes a run's folder; False: it exists. Of two runs that want it only one gets it."""
+    try:
+        folder.mkdir(parents=True)
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be made ({error.strerror})") from None
+
 def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
-    """The run's folder, made the moment it is chosen, so that no second run can choose it too. An
-    explicit --out that exists needs --resume. A default name takes -2, -3, …; --resume goes on
-    with the last of them. A restart by torchrun resumes, but not another, finished run."""
-    name = f"{cfg.task}-{cfg.method}-b{float(cfg.dropout):g}-s{cfg.adapter}-seed{cfg.seed}"
-    folder, last, number = Path(cfg.out or f"runs/{name}"), None, 1
-    while folder != last:
-        try:
-            folder.mkdir(parents=True)
+    """--out, which needs --resume if it exists; or a default name, which takes -2, -3, …, and of
+    which --resume goes on with the last. A restart by torchrun resumes what is not finished."""
+    if cfg.out:
+        if not made(Path(cfg.out)) and not (cfg.resume or restarted):
+            raise UserError(f"--out {cfg.out}: exists already; add --resume to go on with it, "
+                            f"or choose another name")
+        return Path(cfg.out)
+    name = f"{cfg.task}-{cfg.method}-b{cfg.dropout:g}-s{cfg.adapter}-seed{cfg.seed}"
+    last, folder = None, Path("runs") / name
+    for number in itertools.count(2):
+        if made(folder):
             break
-        except FileExistsError:
-            if cfg.out and not (cfg.resume or restarted):
-                raise UserError(f"--out {folder}: exists already; add --resume to go on with it, "
-                                f"or choose another name") from None
-            last, number = folder, number + 1
-            folder = folder if cfg.out else Path(f"runs/{name}-{number}")
-        except OSError as error:
-            raise UserError(f"--out {folder}: cannot be made ({error.strerror})") from None
-    if last and last != folder and (
-            cfg.resume or restarted and not (last / "summary.json").is_file()):
+        last, folder = folder, folder.with_name(f"{name}-{number}")
+    unfinished = last and not (last / "summary.json").is_file()
+    if last and cfg.resume or restarted and unfinished:
         folder.rmdir()
         return last
     return folder
@@ -209,7 +212,6 @@ def read_run(folder: Path) -> RunConfig:
                         f"one goes on with train.py --resume --out")
     with expecting("its files as the run wrote them, and its checkpoint", folder):
         values = read_json(folder / "config.json")
-        values["dropout"] = Fraction(values["dropout"])
         cfg = checked(config_of(values["method"]), values)
         then, now = read_json(folder / "summary.json")["made_of"], made_of(folder, cfg)
         for name in then | now:
@@ -377,9 +379,6 @@ def run(argv=None, processes=None) -> int:
         print(json.dumps(costs)) if cfg.json else print_plan(costs, config, cfg, more)
         return 0
     device = pick_device(cfg.device)
-    if device.type == "cuda" and device.index is None:  # a process, a GPU
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
     if processes and processes.rank:
         processes.serve(cfg, device)  # a client's process, until the end
     folder = choose_folder(cfg, restarted=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)

@@ -21,7 +21,6 @@ import tempfile
 import threading
 import time
 import weakref
-from fractions import Fraction
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -387,7 +386,7 @@ def write_shards(folder: Path, config: ModelConfig):
 def load_one(args, folder) -> dict:
     """Peak of RssAnon above what was there, read every millisecond by a thread."""
     config = SHAPES[args.shape]
-    emulator, adapter = layer_extract(config.n_layers, 2, Fraction("0.5"))
+    emulator, adapter = layer_extract(config.n_layers, 2, 0.5)
     peak, stop, before, start = [0], threading.Event(), status("RssAnon"), time.perf_counter()
 
     def watch():
@@ -450,7 +449,7 @@ def growth_point(args, axis: str, value: int) -> dict:
     at = {"depth": 8, "vocabulary": 4000, "sequence": 256, "clients": 2} | {axis: value}
     at["clients"] = at.get("a round", at["clients"])
     config = ModelConfig(128, at["depth"] + 2, 4, 4, at["vocabulary"], 352)
-    cfg = Config(dropout=Fraction(0), local_steps=1, batch_size=4, rounds=1, align_init=1,
+    cfg = Config(dropout=0.0, local_steps=1, batch_size=4, rounds=1, align_init=1,
                  clients_per_round=0 if axis == "a round" else min(2, at["clients"]))
     full, T, g = random_lm(config, None, args), at["sequence"] + 1, generator(4)
     rows = [Example(torch.randint(3, config.vocab_size, (T,), generator=g).tolist(), T - 64)

@@ -40,9 +40,9 @@ HOLDS_FULL = {"fedavg", "fedkseed", "fedkseed-pro", "fedtt", "fedtt+"}
 ONE_SHAPE = {*HOLDS_FULL, "fedpt"}                  # no dropout, no adapter
 TWO_PLUS_TWO = {"fedot", "offsite"}                 # --adapter 2: the first and the last two layers
 STEPS = 30                          # of a client in a round, for all: FedKSeed's own default is 200
-RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]                            # of the bundled model
-FIRST = {"fedkseed": (1, 2), "fedkseed-pro": (1, 2), "fedot": (1, 2), "offsite": (1, 2),
-         "fedavg": (1, 2), "fedpt": (0, 1), "fedtt": (3, 4), "fedtt+": (3, 4)}      # else 2, 3
+RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]                      # of the bundled model
+FIRST = {"fedkseed": (2, 3), "fedkseed-pro": (2, 3), "fedot": (2, 3), "offsite": (2, 3),
+         "fedavg": (2, 3), "fedpt": (1, 2), "fedtt": (4, 5), "fedtt+": (4, 5)}      # else 3, 4
 PAPERS_RATES = [1e-5, 3e-5, 5e-5, 8e-5, 1e-4]                           # with --ckpt
 EPSILONS = [0, 0.001, 0.01, 0.1]                                        # --search-prox
 LAMBDAS = [0, 0.1, 1, 10]                                               # --search-kl
@@ -129,7 +129,8 @@ def run(folder: Path, flags: list[str]) -> dict:
             _, status, used = os.wait4(job.pid, 0)
         job.returncode = os.waitstatus_to_exitcode(status)
         if job.returncode:
-            raise Failed(f"{' '.join(argv)}\nended with status {job.returncode}; see {folder}.out")
+            *_, last = ["", *Path(f"{folder}.out").read_text().splitlines()]
+            raise Failed(f"{' '.join(argv)}\nended with status {job.returncode}: {last}")
         Path(f"{folder}.cpu").write_text(f"{used.ru_utime + used.ru_stime:.1f}\n")
     return json.loads((folder / "summary.json").read_text())
 
@@ -230,6 +231,17 @@ def final(summary: dict) -> float:
     return list(summary["metrics"].values())[-1]["accuracy"]
 
 
+def held_out(job: Future) -> float:
+    """What a run of the search ended with; 0 where it ended because its numbers were not finite:
+    the rate is too high."""
+    try:
+        return final(job.result())
+    except Failed as failed:
+        if "try a smaller --lr" not in str(failed):
+            raise
+        return 0.0
+
+
 def climb(count: int, first, measure, short: bool) -> tuple[int, dict[int, float]]:
     """(the best of range(count), what was measured): `first`, then, unless it is to be short, the
     neighbours of the best. Of equals the first is the best: the lower rate."""
@@ -263,12 +275,12 @@ def search(runs: Runs, cell) -> dict:
                 name = "-".join(["search", name_of(cell), f"lr{lr:g}", *map(tidy, flags)])
                 jobs[i] = runs.start(name, cell, seed, lr, "--validate", str(args.validate),
                                      *runs.aligned(cell, seed, *kl_of(flags)), *flags)
-            return {i: final(job.result()) for i, job in jobs.items()}
+            return {i: held_out(job) for i, job in jobs.items()}
         best, tried = climb(len(values), first, accuracies, args.short_search)
         choice["lines"] += [[*shown(cell), f"{tidy(flag)} {values[i]:g}", f"{100 * tried[i]:.1f}",
                              "chosen" if i == best else ""] for i in sorted(tried)]
         return values[best]
-    choice["lr"] = measured("--lr", rates, FIRST.get(method, (2, 3)) if args.bundled else range(5))
+    choice["lr"] = measured("--lr", rates, FIRST.get(method, (3, 4)) if args.bundled else range(5))
     no_use = train.method_of(method).Server.no_use
     for asked, flag, values in ((args.search_prox, "--prox", EPSILONS),
                                 (args.search_kl, "--kl-weight", LAMBDAS)):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora import LoRALinear
 from model import (LM, ModelConfig, Tokenizer, UserError, expecting, open_file, parse_json,
-                   read_bytes, read_json, read_pickle, write_file, write_folder, write_json)
+                   read_bytes, read_json, read_pickle, replacing, write_file, write_json)
 
 
 # ---- configuration ------------------------------------------------------------------------------
@@ -386,10 +386,10 @@ def export(lm, folder: Path, form: str, source):
         from extras.peft import write_peft
         return write_peft(folder, lm, str(source))
 
-    def fill(part: Path):
+    with replacing(folder) as part:
+        part.mkdir()
         (write_hf if form == "hf" else write_meta)(part, state, config, source)
         for name in KEPT if form == "hf" else ("tokenizer.model",):
             if os.path.isfile(source / name) and not os.path.exists(part / name):
                 write_file(part / name, lambda file: file.write(read_bytes(source / name)))
-    write_folder(folder, fill)
     print(f"{folder}: written as {form}", file=sys.stderr)

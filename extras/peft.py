@@ -13,7 +13,7 @@ from torch import Tensor
 from extras.huggingface import (meta_name, read_safetensors, reorder, to_hf, turned_heads,
                                 write_safetensors)
 from lora import LoRALinear, copy_into, lora_tensors
-from model import (LM, ModelConfig, UserError, expecting, read_json, read_pickle, write_folder,
+from model import (LM, ModelConfig, UserError, expecting, read_json, read_pickle, replacing,
                    write_json)
 
 # What a plain LoRA's adapter_config.json says: these keys may have these values, or None.
@@ -41,10 +41,10 @@ def write_peft(folder: Path, lm: LM, base: str):
               "target_modules": sorted({p[-2] for p in parts})}
     named = {f"base_model.model.{name}.weight": p for name, p in lora.items()}
 
-    def fill(part: Path):
+    with replacing(folder) as part:
+        part.mkdir()
         write_json(part / "adapter_config.json", config)
         write_safetensors(part / "adapter_model.safetensors", named)
-    write_folder(folder, fill)
     print(f"{folder}: written as peft", file=sys.stderr)
 
 

@@ -157,7 +157,7 @@ class Processes:
     def travel(self, device, own_gpu: bool):
         """Tensors go from GPU to GPU if every rank has one of its own, else by way of the CPU."""
         self.device, self.place = device, device if own_gpu else torch.device("cpu")
-        if own_gpu:
+        if own_gpu and device.index is not None:                # --device cuda:1
             torch.cuda.set_device(device)
 
     # ---- the server's side
@@ -313,7 +313,9 @@ class Processes:
 
 
 def main(run, argv=None) -> int:
-    """One rank: an error of any of them ends all, in one line."""
+    """One rank: an error of any of them ends all, in one line. "cuda" is a rank's own GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     processes = Processes()
     try:
         with contextlib.ExitStack() as quiet:

@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from fractions import Fraction
 from pathlib import Path
 from unittest.mock import patch
 
@@ -24,7 +23,7 @@ from tests.common import (
 
 def method_config(method: str, **changes) -> train.RunConfig:
     """A short run's, with the method's own flags where the method has some."""
-    small = {"dropout": Fraction(1, 2), "adapter": 1, "rounds": 2, "local_steps": 3,
+    small = {"dropout": 0.5, "adapter": 1, "rounds": 2, "local_steps": 3,
              "batch_size": 4, "align_init": 3, "align_steps": 2, "lr": 1e-2, "server_lr": 1e-2,
              "rank": 4, "clients": 2, "max_len": 64, "shots": 0, "max_update_norm": 0.0}
     return train.config_of(method)(method=method, **{**small, **changes})
@@ -63,11 +62,11 @@ def cached_equals_uncached(lm):
 def test_fedot_keeps_both_ends_and_its_adapter_only_travels():
     # kills: first layers left out; the emulator not shifted; emulator's LoRA sent every round; not
     # aligned; a dropped layer sent
-    cfg = method_config("fedot", adapter=2, dropout=Fraction("0.2"))
+    cfg = method_config("fedot", adapter=2, dropout=0.2)
     emulator, adapter = offsite.split(32, cfg)
     assert adapter == [0, 1, 30, 31]
     assert (len(emulator), emulator[0], emulator[-1]) == (22, 2, 29)
-    half = method_config("fedot", adapter=2, dropout=Fraction("0.5"))
+    half = method_config("fedot", adapter=2, dropout=0.5)
     assert len(offsite.split(32, half)[0]) == 14
     refused(lambda: offsite.split(4, method_config("fedot", adapter=2)), "--adapter 2", "1..1")
     server, client, records = method_run("fedot")

@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 import struct
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -707,7 +706,7 @@ def test_lora_of_another_run_or_of_peft_is_a_start():
         name = "layers.4.attention.wq.lora_B"
         for source, layers, words in ((run, 1, ()), (adapter, 1, ("not used", "layers.3")),
                                       (adapter, 3, ("anew", "layers.2"))):
-            here, err = started(source, adapter=layers, dropout=Fraction(0))
+            here, err = started(source, adapter=layers, dropout=0.0)
             assert all(w in err for w in words), err
             assert torch.equal(here.tuned[name], there.tuned[name])
 

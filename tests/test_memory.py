@@ -24,7 +24,7 @@ def sized(**changes):
     """(its architecture, the configuration) of a run of five layers: E has 0 and 2, A 3 and 4."""
     with folder() as path:
         (path / "params.json").write_text(json.dumps(PARAMS))
-        flags = {"ckpt": path, "data-dir": path, "device": "cpu", "dropout": "1/3", "adapter": 2,
+        flags = {"ckpt": path, "data-dir": path, "device": "cpu", "dropout": "0.3333", "adapter": 2,
                  "rank": R, "max-len": 33, "batch-size": 4, "shots": 0, "max-new-tokens": 7,
                  "eval-batch": 3, "threads": 1, **changes}
         argv = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
