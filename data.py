@@ -1,4 +1,4 @@
-"""Data: prompts, masks, tasks and their partitions, the public set, batches. FedBiOT section 4.1.
+"""Data: prompts, masks, tasks and partitions, the public set, batches. FedBiOT section 4.1.
 
     shards = make_shards("gsm8k", "tiny/data", tokenizer, clients=3, max_len=256, seed=0)
 """
@@ -19,18 +19,17 @@ from torch import Tensor
 from model import UserError, clean_text, expecting, parse_json, read_bytes, room
 
 # ---- files --------------------------------------------------------------------------------------
-
 LARGEST = 2**31  # bytes of a data file once unpacked: more is a gzip bomb
 
 def find_file(data_dir, name: str) -> Path:
-    """data_dir/name. What the user placed is used as it is; what is missing is downloaded once."""
+    """data_dir/name, as the user placed it; what is missing is downloaded once."""
     path = Path(data_dir) / name
     if not os.path.exists(path):
         room("extras.download").fetch(path, name)  # pinned commits, checked, renamed
     return path
 
 def read_rows(path: Path) -> list[dict]:
-    """The objects of a .jsonl or .json (an array) file, packed by gzip or not; at least one."""
+    """The objects, at least one, of a .jsonl or .json (an array) file, gzipped or not."""
     blob, name = read_bytes(path), path.name.removesuffix(".gz")
     with expecting("UTF-8 text, packed by gzip where it ends in .gz", path):
         if path.suffix == ".gz":
@@ -48,13 +47,14 @@ def read_rows(path: Path) -> list[dict]:
                 for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise UserError(f"{path}, row {i}: expected a JSON object, found {type(row).__name__}")
+            found = type(row).__name__
+            raise UserError(f"{path}, row {i}: expected a JSON object, found {found}")
     if not rows:
         raise UserError(f"{path}: the file has no rows; expected at least one")
     return rows
 
 def texts_of(rows: list[dict], path, names: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The named text fields, in every row. Lone surrogates, which JSON allows, become U+FFFD."""
+    """The named text fields of every row. Lone surrogates, which JSON allows, become U+FFFD."""
     for i, row in enumerate(rows, 1):
         for name in names:
             if not isinstance(row.get(name), str):
@@ -63,7 +63,6 @@ def texts_of(rows: list[dict], path, names: tuple[str, ...]) -> list[tuple[str, 
     return [tuple(clean_text(row[name]) for name in names) for row in rows]
 
 # ---- tasks --------------------------------------------------------------------------------------
-
 class Row(NamedTuple):
     instruction: str
     input: str
@@ -94,21 +93,20 @@ TASKS = {"gsm8k": Task("eval", 3, 512, "gsm8k/train.jsonl"),
 def accuracy(predicted: list, gold: list) -> dict:
     """{"correct", "total", "accuracy"}; a prediction of None is wrong."""
     if not gold:
-        raise UserError("nothing to score: expected at least one test example, found none")
+        raise UserError("expected test examples, found none: nothing to score")
     correct = sum(p is not None and p == g for p, g in zip(predicted, gold, strict=True))
     return {"correct": correct, "total": len(gold), "accuracy": correct / len(gold)}
 
 # ---- examples -----------------------------------------------------------------------------------
-
 class Example(NamedTuple):
     ids: list[int]  # BOS, prompt, answer, EOS
     answer: int  # ids[answer:] are the targets
     label: str = ""  # the row's
 
 def make_examples(rows: list[Row], tokenizer, max_len: int, what: str) -> list[Example]:
-    """Rows as token ids of at most max_len. Prompt and answer are tokenised apart, so that the
-    boundary is exact. A row whose prompt alone fills max_len would have no target: it is dropped,
-    and the number of those printed."""
+    """Rows as at most max_len token ids. Prompt and answer are tokenised apart, so that the
+    boundary is exact. A row whose prompt alone fills max_len has no target: it is dropped,
+    with a note."""
     examples = []
     for start in range(0, len(rows), 4096):  # a few at a time: the lists are large
         part = rows[start:start + 4096]
@@ -121,21 +119,21 @@ def make_examples(rows: list[Row], tokenizer, max_len: int, what: str) -> list[E
     if not examples:
         raise UserError(f"{what}: no example fits --max-len {max_len}; raise it")
     if dropped := len(rows) - len(examples):
-        print(f"note: {what}: {dropped} of {len(rows)} examples dropped, their prompts fill "
+        print(f"note: {what}: {dropped} of {len(rows)} examples dropped, whose prompts fill "
               f"--max-len {max_len}", file=sys.stderr)
     return examples
 
 def digest_of(examples: list[Example]) -> str:
-    """A fingerprint of training data: what a resumed run must find again."""
+    """A fingerprint of training data, which a resumed run must find again."""
     flat = np.concatenate([np.array([e.answer, *e.ids], np.int32) for e in examples])
     labels = "\0".join(e.label for e in examples)
     return hashlib.sha256(flat.tobytes() + labels.encode()).hexdigest()
 
 def partition(labels: list[str], clients: int, seed: int) -> list[list[int]]:
-    """Index lists, one a client, every row in one; unlabelled: i.i.d., sizes at most 1 apart."""
+    """Index lists, one a client; unlabelled rows: i.i.d., sizes at most 1 apart."""
     if not 1 <= clients <= len(labels):
-        raise UserError(f"--clients {clients}: there are {len(labels)} training examples, so "
-                        f"choose 1..{len(labels)}")
+        raise UserError(f"--clients {clients}: choose 1..{len(labels)}, the number of training "
+                        f"examples")
     order = list(range(len(labels)))
     random.Random(seed).shuffle(order)
     if len(set(labels)) > 1:  # Rosetta's languages, Dolly's categories
@@ -143,10 +141,9 @@ def partition(labels: list[str], clients: int, seed: int) -> list[list[int]]:
     return [chunk.tolist() for chunk in np.array_split(order, clients)]
 
 # ---- batches ------------------------------------------------------------------------------------
-
 class Batch(NamedTuple):
-    """B sequences, right-padded to T. The N rows are positions b T + t that predict an answer's
-    token; N is padded to a multiple of 128 with rows of weight 0, so that few shapes occur."""
+    """B sequences, right-padded to T. The N rows are positions b T + t that predict a token of
+    an answer; rows of weight 0 pad N to a multiple of 128, so that few shapes occur."""
     tokens: Tensor  # (B, T) int64
     rows: Tensor  # (N,) int64
     targets: Tensor  # (N,) int64
@@ -169,7 +166,7 @@ def collate(examples: list[Example]) -> Batch:
     return Batch(tokens, torch.tensor(rows + pad), torch.tensor(targets + pad), weights)
 
 class Shard:
-    """One owner's examples: a view (an index list) of the examples that all shards share."""
+    """One owner's examples: an index list into those that all shards share."""
     def __init__(self, examples: list[Example], indices: list[int] | None = None):
         self.examples = examples
         self.indices = list(range(len(examples))) if indices is None else indices
@@ -179,12 +176,13 @@ class Shard:
 
     def batches(self, steps: int, batch_size: int, key: tuple[int, ...]):
         """`steps` batches, a function of `key` = (seed, round, client).
-        DIFFERS: Algorithm 2, line 4 draws at random. Here as in the authors' code: whole passes
-        without replacement. Within ten batches examples are sorted by length: little padding."""
+        DIFFERS: Algorithm 2, line 4 draws at random. Here, as in the authors' code, in whole
+        passes. Within ten batches examples are sorted by length, for little padding."""
         rng = np.random.default_rng(key)
         size = min(batch_size, len(self))
-        passes = max(-(-steps * size // len(self)), 1)  # one also for no steps: none is drawn
-        drawn = np.concatenate([rng.permutation(len(self)) for _ in range(passes)])[:steps * size]
+        passes = max(-(-steps * size // len(self)), 1)  # one also for no steps
+        drawn = np.concatenate([rng.permutation(len(self)) for _ in range(passes)])
+        drawn = drawn[:steps * size]
         width = size * min(10, len(self) // size)  # at most a pass: no copies in a batch
         for window in np.split(drawn, range(width, len(drawn), width)):
             examples = [self.examples[self.indices[i]] for i in window]
@@ -194,12 +192,12 @@ class Shard:
 
 def training_examples(task: str, data_dir, tokenizer, max_len: int, hold_out: int = 0,
                       strip_annotations: bool = False) -> list[Example]:
-    """A task's training file without its last `hold_out` rows. GSM8K's calculator annotations
+    """A task's training file without its last `hold_out` rows. GSM8K's annotations
     `<<48/2=24>>` stay in, as in the authors' code, unless they are stripped."""
     rows = room(TASKS[task].module).read_training(data_dir)
     if hold_out >= len(rows):
-        raise UserError(f"--validate {hold_out}: {task} has {len(rows)} training rows, so choose "
-                        f"0..{len(rows) - 1}")
+        raise UserError(f"--validate {hold_out}: {task} has {len(rows)} training rows, so "
+                        f"choose 0..{len(rows) - 1}")
     rows = rows[:len(rows) - hold_out]
     if strip_annotations:
         rows = [row._replace(output=re.sub("<<[^<>]*>>", "", row.output)) for row in rows]
@@ -213,7 +211,8 @@ def make_shards(task: str, data_dir, tokenizer, clients: int, max_len: int, seed
     return [Shard(examples, part) for part in partition(labels, clients, seed)]
 
 def make_public(data_dir, tokenizer, max_len: int) -> Shard:
-    """The server's public data, Alpaca's, the same for all tasks."""
+    """The server's public data: Alpaca's, for all tasks."""
     path = find_file(data_dir, "alpaca/alpaca_data.json")
-    rows = [Row(*t) for t in texts_of(read_rows(path), path, ("instruction", "input", "output"))]
+    texts = texts_of(read_rows(path), path, ("instruction", "input", "output"))
+    rows = [Row(*text) for text in texts]
     return Shard(make_examples(rows, tokenizer, max_len, "the public data"))

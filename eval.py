@@ -1,5 +1,4 @@
-"""Evaluation of a finished run, a checkpoint, or a file of predictions: FedBiOT section 4.1,
-Appendix A. (The tasks other than GSM8K stand in tasks/.)
+"""Evaluation of a run, a checkpoint, or a file of predictions: FedBiOT section 4.1, Appendix A.
 
     python eval.py --run runs/gsm8k-fedbiot-b0.2-s2-seed0 --model adapfu
     python eval.py --ckpt llama-2-7b --data-dir data --task dolly --limit 200
@@ -32,9 +31,8 @@ BUNDLED = {"rounds": 5, "lr": 3e-3, "server_lr": 2e-3, "align_init_on": "weights
            "samples": 1, "max_len": 256}
 
 # ---- flags --------------------------------------------------------------------------------------
-
 class Parser(argparse.ArgumentParser):
-    """One flag a field; a flag that was not given is absent from the result."""
+    """A flag a field; one that was not given is absent from the result."""
     def __init__(self, description: str, *configs: type, **extra):
         super().__init__(description=description, allow_abbrev=False, usage="%(prog)s [flags]",
                          argument_default=argparse.SUPPRESS, **extra,
@@ -60,7 +58,7 @@ def kind_of(f) -> type:
     return next(k for k in (bool, int, float, str) if k.__name__ in str(f.type))
 
 def checked(config: type, values: dict):
-    """A configuration whose values have their fields' types, choices and ranges; else UserError."""
+    """A configuration, its values of their fields' types, choices, ranges; else UserError."""
     known = {f.name: f for f in fields(config)}
     for name, value in values.items():
         if name not in known:
@@ -75,7 +73,7 @@ def checked(config: type, values: dict):
         elif value not in choices:
             expected = f"one of {', '.join(choices)}"
         elif value == "":
-            expected = "a text, this is an empty one (an unset shell variable?)"
+            expected = "a text, which is empty here (an unset shell variable?)"
         elif kind in (int, float) and not least <= value <= most:
             expected = f"a number from {least} to {most:,}"
         if expected:
@@ -84,18 +82,19 @@ def checked(config: type, values: dict):
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What a model and its evaluation depend on, in eval.py and in train.py. None: depends."""
+    """What a model and its evaluation depend on, in eval.py and train.py. None: depends."""
     task: str | None = option(None, "which task; default that of --run", choices=tuple(TASKS))
-    ckpt: str | None = option(None, "model's folder, Meta's or Hugging Face's; default the bundled")
-    data_dir: str | None = option(None, "folder of the data files; default the bundled data")
-    eval_limit: int = option(0, "first N test examples, of each language or scenario (0: all)")
-    eval_batch: int = option(0, "sequences generated at a time (0: what 4 GB of cache hold)")
-    shots: int = option(8, "worked examples in a prompt, as the authors' code; bundled model 0")
+    ckpt: str | None = option(None, "folder of the model, Meta's or Hugging Face's")
+    data_dir: str | None = option(None, "folder of the data files; default the bundled")
+    eval_limit: int = option(0, "first N test examples, a language or scenario (0: all)")
+    eval_batch: int = option(0, "sequences at a time (0: what 4 GB of cache hold)")
+    # PAPER SILENT: shots, samples, temperature, top-k and top-p are those of the authors' code.
+    shots: int = option(8, "worked examples in a prompt; bundled model 0")
     max_new_tokens: int = option(0, "of an answer (0: the task's own, GSM8K 256)", most=2**16)
-    samples: int = option(20, "programs a problem, as the authors' code; bundled model 1", least=1)
-    temperature: float | None = option(None, "default the authors' 0.1, for one sample 0")
-    top_k: int = option(40, "sample among so many pieces, as the authors' code (0: all)")
-    top_p: float = option(0.75, "among those of this probability, likewise", least=1e-9, most=1)
+    samples: int = option(20, "programs a problem; bundled model 1", least=1)
+    temperature: float | None = option(None, "default 0.1, for one sample 0")
+    top_k: int = option(40, "sample among so many pieces (0: all)")
+    top_p: float = option(0.75, "among those of this probability", least=1e-9, most=1)
     k: int = option(0, "the k of pass@k; 0: 1, and also 10 where there are 10 samples")
     run_code: bool = option(False, "run a model's programs, each in a sandbox")
     unsafe_no_sandbox: bool = option(False, "run them without one where none works")
@@ -107,13 +106,15 @@ class EvalConfig:
     threads: int = option(0, "CPU threads of every process (0: cores / processes)", most=4096)
 
 def pick_device(name: str) -> torch.device:
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    with expecting("a device that PyTorch can use here, such as cpu or auto", f"--device {name}"):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    with expecting("a device that PyTorch can use here, or auto", f"--device {name}"):
         torch.zeros(1, device=name).tolist()  # on "meta" there is nothing to read
         return torch.device(name)
 
 def pick_dtype(name: str, device) -> torch.dtype:
-    name = ("bf16" if torch.device(device).type == "cuda" else "fp32") if name == "auto" else name
+    if name == "auto":
+        name = "bf16" if torch.device(device).type == "cuda" else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 # ---- GSM8K --------------------------------------------------------------------------------------
@@ -128,12 +129,12 @@ GROUPED = "[0-9]{1,3}(?:[,\u00a0\u2009\u202f][0-9]{2,3})*[,\u00a0\u2009\u202f][0
 NUMBER = re.compile(rf"(?:(?<![\w)])-)?\$?(?:(?:{GROUPED}|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 
 def numbers(text: str) -> list[Decimal]:
-    """Every number of a text, exactly; group separators, `$`, `%`, a final dot do not matter."""
+    """A text's numbers, exactly; group separators, `$`, `%`, a final dot do not matter."""
     found = NUMBER.findall(text.replace("\u2212", "-"))  # the minus sign
     return [Decimal(re.sub("[,$\u00a0\u2009\u202f]", "", n)) for n in found]
 
 def extract_number(text: str) -> Decimal | None:
-    """A model's answer; None where there is none, also where a marker has no number behind it."""
+    """A model's answer; None where there is none, or no number behind a marker."""
     text = NEXT_QUESTION.split(text, maxsplit=1)[0]
     marker = MARKER.search(text)
     found = numbers(text[marker.end():] if marker else text)
@@ -149,19 +150,19 @@ def read_training(data_dir) -> list[Row]:
             for question, answer in read_pairs(data_dir, "train")]
 
 def read_gold(cfg: EvalConfig) -> tuple[list[str], list[Decimal]]:
-    """The questions that are scored, and what stands behind the last `####` of their answers."""
+    """The questions that are scored, and the numbers behind the last `####` of their answers."""
     split = "train" if cfg.validate else "test"
     pairs, gold = read_pairs(cfg.data_dir, split), []
     for i, (_, answer) in enumerate(pairs, 1):
         found = numbers(answer.rpartition("####")[2])
         if "####" not in answer or not found:
-            raise UserError(f"{cfg.data_dir}/gsm8k/{split}.jsonl, row {i}: expected an "
-                            f"answer that ends in #### and a number, found {answer[-40:]!r}")
+            raise UserError(f"{cfg.data_dir}/gsm8k/{split}.jsonl, row {i}: expected an answer "
+                            f"that ends in #### and a number, found {answer[-40:]!r}")
         gold.append(found[0])
     return [question for question, _ in pairs], gold
 
 def prepare(cfg: EvalConfig) -> list[Path]:
-    """Reads what `score` will need, so that a mistake ends before any training; its files."""
+    """Reads what `score` will need, so that a mistake shows before training; its files."""
     read_gold(cfg)
     if cfg.shots:
         room("tasks.gsm8k").worked_examples(cfg.shots)
@@ -169,7 +170,7 @@ def prepare(cfg: EvalConfig) -> list[Path]:
     return [Path(cfg.data_dir) / "gsm8k" / f"{split}.jsonl"]
 
 def score(lm: LM, tokenizer, cfg: EvalConfig, progress: str) -> dict:
-    """Greedy chain of thought. Without shots the prompt is the training template's."""
+    """Greedy chain of thought. Without shots, in the training template."""
     questions, gold = (part[-cfg.validate:][:cfg.eval_limit or None] for part in read_gold(cfg))
     prompts = [prompt_of(question) for question in questions]
     if cfg.shots:
@@ -188,9 +189,8 @@ def report(result: dict):
           f"{result['accuracy']:.2%}")
 
 # ---- runs ---------------------------------------------------------------------------------------
-
 def restore(server, state: dict, folder: Path):
-    """What `folder` holds of a run is put into its server; its emulator's own weights too."""
+    """Puts what `folder` holds of a run into its server."""
     if server.emulator:
         state = state | {"emulator": read_saved(folder / "emulator.pt")}
     with expecting("what a run of this configuration learnt", folder):
@@ -206,7 +206,6 @@ def models_of_run(folder: Path, device, dtype) -> tuple[dict, object, object]:
     return server.models(), tokenizer, cfg
 
 # ---- command line -------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Command(EvalConfig):
     """Every flag of eval.py."""
@@ -214,14 +213,14 @@ class Command(EvalConfig):
     eval_batch: int = option(0, "sequences at a time, as --eval-batch", flags=["--batch-size"])
     run: str | None = option(None, "run folder of train.py")
     model: str = option("adapfu", "which of the run's models")
-    prompt: str | None = option(None, "print the greedy completion of this raw text, no template")
+    prompt: str | None = option(None, "print the greedy completion of this raw text")
     predictions: str | None = option(None, "score this JSONL file instead of a model")
     export: str | None = option(None, "write the model to this new folder")
     format: str = option("hf", "merged weights, or LoRA alone", choices=("hf", "meta", "peft"))
     json: bool = option(False, "print one JSON object")
 
 def main_guard(main):
-    """Runs `main`: a user's mistake ends in one line and status 2, Ctrl-C in one and 130."""
+    """Runs `main`: a user's mistake is one line and status 2, Ctrl-C one and 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # a terminal may know ASCII alone
@@ -236,11 +235,11 @@ def main_guard(main):
         os.write(2, f"error: the output cannot be written: {error.strerror}\n".encode())
         os._exit(2)  # without a second attempt to write it
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C; what was saved stays", file=sys.stderr)
+        print("stopped by Ctrl-C; --resume goes on with a run", file=sys.stderr)
         sys.exit(130)
 
 def complete(lm: LM, tokenizer, args: Command) -> str:
-    """Greedy completion of raw text after BOS, no template."""
+    """Greedy completion of raw text after BOS, without a template."""
     prompt = [tokenizer.bos] + tokenizer.encode(clean_text(args.prompt))
     ids = generate(lm, [prompt], args.max_new_tokens or 64, tokenizer.ends)[0]
     text, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + ids)
@@ -250,15 +249,16 @@ def main(argv=None) -> int:
     given, cfg = vars(Parser(__doc__, Command).parse_args(argv)), None
     args = checked(Command, given)
     if args.run and args.ckpt:
-        raise UserError("--run and --ckpt: a run knows its checkpoint; give one of the two")
+        raise UserError("--run and --ckpt: a run knows its checkpoint; give one of them")
     asked = sorted(given.keys() & {"prompt", "export", "predictions"})
     if asked[1:]:
-        raise UserError(f"{' and '.join(map(flag, asked))}: expected one of them at a time")
+        raise UserError(f"{' and '.join(map(flag, asked))}: expected one at a time")
     if not asked and not args.task and not args.run:
         raise UserError(f"--task: expected one of {', '.join(TASKS)} (or --prompt, --run, …)")
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     device = pick_device(args.device)
-    dtype = None if args.export and args.dtype == "auto" else pick_dtype(args.dtype, device)
+    as_stored = args.export and args.dtype == "auto"
+    dtype = None if as_stored else pick_dtype(args.dtype, device)
     suggested = {"task": "gsm8k", "ckpt": str(BUNDLED_CKPT), "data_dir": str(BUNDLED_DATA)}
     if not args.ckpt:
         suggested |= {name: BUNDLED[name] for name in ("shots", "samples")}
@@ -273,7 +273,8 @@ def main(argv=None) -> int:
     if not args.run and not args.predictions:
         lm, tokenizer = load(args.ckpt, dtype=dtype, device=device)
     if args.export:
-        room("extras.huggingface").export(lm, Path(args.export).absolute(), args.format, args.ckpt)
+        folder = Path(args.export).absolute()
+        room("extras.huggingface").export(lm, folder, args.format, args.ckpt)
     elif args.prompt is not None:
         print(complete(lm, tokenizer, args))
     else:

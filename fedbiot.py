@@ -38,7 +38,7 @@ def option(default, text, **extra):
 
 @dataclass(frozen=True)
 class Config:
-    """What the algorithm needs to know. train.py adds its own and makes flags of it."""
+    """What the algorithm needs to know. train.py makes flags of it."""
     dropout: float = option(0.2, "share of layers below the adapter to drop (beta)")
     adapter: int = option(2, "layers of the adapter (s)")
     rounds: int = option(500, "communication rounds (R); bundled model 5", least=1)
@@ -48,7 +48,7 @@ class Config:
     align_steps: int = option(10, "alignment steps between rounds (E)")
     # DIFFERS: section 3.1 and Eq. 5 tune all weights of E before round 1, section 4.1 and the
     # authors' code its LoRA alone. Both readings are here.
-    align_init_on: str = option("lora", "what these steps tune (Eq. 5: weights, at 16 bytes each); "
+    align_init_on: str = option("lora", "what they tune (Eq. 5: weights, at 16 bytes each); "
                                 "bundled model weights", choices=("weights", "lora"))
     # PAPER SILENT: the learning rate of the alignment, its warm-up and its decay.
     align_init_lr: float = option(1e-3, "peak learning rate of --align-init-on weights")
@@ -57,36 +57,34 @@ class Config:
     lr: float = option(1e-4, "learning rate of the clients (eta); bundled model 3e-3")
     # PAPER SILENT: lambda and epsilon come from a grid search whose result is not given.
     kl_weight: float = option(1.0, "weight of the KL in the alignment (lambda)")
-    prox: float = option(0.01, "weight of the clients' pull to what was broadcast (epsilon)")
+    prox: float = option(0.01, "weight of the pull to what was broadcast (epsilon)")
     rank: int = option(8, "LoRA rank", least=1, most=2**16)
     alpha: float = option(16.0, "LoRA alpha", least=1e-9)
     clients_per_round: int = option(0, "clients that take part in a round (0: all)")
     align_norm: str = option("rms", "what the L2 is divided by", choices=("rms", "none"))
     align_tokens: str = option("answer", "tokens to align on", choices=("answer", "all"))
-    align_renew: bool = option(False, "a new alignment optimizer every round (authors' code)")
-    max_update_norm: float = option(10.0, "reject uploads this many times the median (0: none)")
-    client_timeout: float = option(0.0, "torchrun: seconds of work until a client is left out")
-    uniform_weights: bool = option(False, "average uploads uniformly, as the authors' code")
+    align_renew: bool = option(False, "a new alignment optimizer every round")
+    max_update_norm: float = option(10.0, "reject uploads this many times the median (0: never)")
+    client_timeout: float = option(0.0, "torchrun: leave out clients slower than these seconds")
+    uniform_weights: bool = option(False, "average uploads uniformly")
     seed: int = option(0, "seed of everything")
 
 # ---- Algorithm 1 --------------------------------------------------------------------------------
-
 def layer_extract(n: int, s: int, beta: float) -> tuple[list[int], list[int]]:
-    """Algorithm 1: (emulator's layers, adapter's layers), 0-based indices of the model's n layers.
-    DIFFERS: the paper's line 2 reads n' = floor(beta (n - s)); its own Table 5 needs (1 - beta).
-    beta is taken as the decimal that it prints as: the float 0.2 is a little above 1/5, and would
-    lose a layer."""
+    """Algorithm 1: (emulator's layers, adapter's layers), 0-based indices of the model's n.
+    DIFFERS: line 2 reads n' = floor(beta (n - s)); the paper's Table 5 needs (1 - beta).
+    beta is read as the decimal that it prints as: the float 0.2 is a little above 1/5."""
     if not 1 <= s < n:
         raise UserError(f"--adapter {s}: the model has {n} layers, so choose 1..{n - 1}")
     kept = math.floor((1 - Fraction(str(beta))) * (n - s))
     if beta < 0 or kept < 1:
         most = (n - s - 1) * 10**4 // (n - s) / 10**4
-        raise UserError(f"--dropout {beta}: expected 0..{most}, which leaves at least one of the "
-                        f"{n - s} layers below the adapter")
+        raise UserError(f"--dropout {beta}: expected 0..{most}, which leaves at least one of "
+                        f"the {n - s} layers below the adapter")
     return spread(n - s, kept), list(range(n - s, n))
 
 def spread(total: int, kept: int) -> list[int]:
-    """`kept` of the layers 0..total-1, evenly, first and last included.  ABLATE: layer choice"""
+    """`kept` of the layers 0..total-1, evenly, with both ends.  ABLATE: layer choice"""
     return [j * (total - 1) // max(kept - 1, 1) for j in range(kept)]
 
 # ---- losses -------------------------------------------------------------------------------------
@@ -95,24 +93,24 @@ def spread(total: int, kept: int) -> list[int]:
 # at a time, a chunk; what is done to its logits wants few, a slice that stays in a CPU's cache.
 
 def chunks(h: Tensor, W: Tensor) -> list[slice]:
-    """Rows of h (N, D) by chunks whose fp32 logits would take 32 MB on the CPU, 512 MB on a GPU."""
+    """Rows of h (N, D) by chunks whose fp32 logits take 32 MB on the CPU, 512 MB on a GPU."""
     size = max(2**27 // len(W), 1024) if h.is_cuda else max(2**23 // len(W), 32)
     return [slice(a, min(a + size, len(h))) for a in range(0, len(h), size)]
 
 def slices(*tensors: Tensor):
-    """The same rows of every tensor (n, ...): 4 MB of the first in fp32; on a GPU all of them."""
+    """The same rows of all tensors (n, ...): 4 MB of the first in fp32; on a GPU all rows."""
     n, V = tensors[0].shape
     return zip(*(t.split(n if t.is_cuda else max(2**20 // V, 1)) for t in tensors))
 
 def project(h: Tensor, W: Tensor) -> Tensor:
-    """h (n, D) times W (V, D) transposed: logits (n, V), in fp32 where the product can give it."""
+    """Logits (n, V) of h (n, D) and W (V, D), in fp32 where the product can give it."""
     if h.is_cuda and h.dtype != torch.float32:
         return torch.mm(h, W.T, out_dtype=torch.float32)
     return h @ W.T
 
 def cross_entropy_rows(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits z (n, V) fp32, overwritten, and targets y (n, 1): the losses (n, 1) and their
-    gradients p - one-hot."""
+    """Logits z (n, V) fp32, overwritten, and targets y (n, 1): losses (n, 1) and their
+    gradients, p - one-hot."""
     top, true = z.amax(-1, keepdim=True), z.gather(-1, y)
     p = torch.softmax(z, -1, out=z)
     lse = top - p.amax(-1, keepdim=True).log()  # exact: max p >= 1 / V
@@ -121,9 +119,9 @@ def cross_entropy_rows(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def kl_rows(t: Tensor, delta: Tensor, careful: bool) -> tuple[Tensor, Tensor]:
     """Teacher's logits t (n, V) fp32 and student's minus teacher's, both overwritten: KL (n, 1)
     and p_s - p_t.
-    Close softmaxes lose their digits when subtracted. With c = lse_s - lse_t, log p_s - log p_t is
-    delta - c, so p_s - p_t = (p_s + p_t) tanh((delta - c) / 2) keeps them. Every row should sum
-    to 0; what it sums to is the rounding error of c, which is then taken out."""
+    Close softmaxes lose their digits when subtracted. With c = lse_s - lse_t, log p_s - log p_t
+    is delta - c, so p_s - p_t = (p_s + p_t) tanh((delta - c) / 2) keeps them. A row should sum
+    to 0; what it sums to is the rounding error of c, which is taken out."""
     t -= t.amax(-1, keepdim=True)
     s = t + delta
     top = s.amax(-1, keepdim=True)
@@ -137,8 +135,8 @@ def kl_rows(t: Tensor, delta: Tensor, careful: bool) -> tuple[Tensor, Tensor]:
     return kl + excess, gradient.addcmul_(p_t, excess, value=-1)
 
 class FusedLoss(torch.autograd.Function):
-    """sum_i w_i l_i and its gradient for h, chunk by chunk. `chunk_loss(rows, w)` gives a chunk's
-    sum and the gradient (n, V) of its unweighted losses for its logits."""
+    """sum_i w_i l_i and its gradient for h, chunk by chunk. `chunk_loss(rows, w)` gives a
+    chunk's sum and the gradient (n, V) of its unweighted losses for its logits."""
     @staticmethod
     def forward(ctx, h, W, weights, chunk_loss):
         loss = weights.new_zeros(())
@@ -160,8 +158,8 @@ class FusedLoss(torch.autograd.Function):
 
 def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """sum_i w_i * cross_entropy(W h_i, y_i): a scalar, fp32. Eq. 1.
-    h (N, D) after the final norm, W (V, D) the frozen head (it gets no gradient), targets (N,)
-    int64, weights (N,) fp32; a row of weight 0 is ignored, whatever it holds."""
+    h (N, D) after the final norm, W (V, D) the frozen head, targets (N,) int64, weights (N,)
+    fp32; a row of weight 0 is ignored, whatever it holds. Gradient for h only."""
     def chunk_loss(rows, w):
         total, logits = 0.0, project(torch.where(w != 0, h[rows], 0), W)  # (n, V)
         for z, y, w_z in slices(logits, targets[rows, None], w):
@@ -173,9 +171,9 @@ def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor, weights: Tensor)
 
 def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor) -> Tensor:
     """sum_i w_i * KL(softmax(W h_teacher_i) || softmax(W h_student_i)): a scalar, fp32. Eq. 4.
-    h_* (N, D), W (V, D) frozen, weights (N,) fp32, 0 = ignored. Gradient for h_student only. The
-    two logits' difference is W (h_s - h_t), so that bf16 rounds the *disagreement*: near agreement
-    the gradient of two separately rounded softmaxes is noise."""
+    h_* (N, D), W (V, D) frozen, weights (N,) fp32, 0 = ignored. Gradient for h_student only.
+    The logits' difference is W (h_s - h_t), so that bf16 rounds the *disagreement*: near
+    agreement the gradient of two softmaxes, rounded apart, is noise."""
     def chunk_loss(rows, w):
         total, h_t = 0.0, torch.where(w != 0, h_teacher[rows], 0)
         apart = torch.where(w != 0, h_student[rows], 0).float() - h_t.float()
@@ -189,22 +187,22 @@ def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor) 
 
 def proximal(pairs, scale: float) -> Tensor:
     """Eq. 6: sum over (B, A, B0, A0) of ||scale (B A - B0 A0)||^2, a scalar, fp32.
-    B (d_out, r), A (r, d_in). BA - B0A0 = [B - B0, B0] [A; A - A0] = L R, and ||L R||^2 is the sum
-    of (L^T L) * (R R^T): no d x d matrix, and exact for deltas too small for B A - B0 A0 in fp32.
-    """
+    B (d_out, r), A (r, d_in). BA - B0A0 = [B - B0, B0] [A; A - A0] = L R, and ||L R||^2 is the
+    sum of (L^T L) * (R R^T): no d x d matrix, and exact where BA - B0A0 rounds to 0 in fp32."""
     total = 0.0
     for B, A, B0, A0 in pairs:
-        L, R = torch.cat((B - B0, B0), 1), torch.cat((A, A - A0), 0)  # (d_out, 2r), (2r, d_in)
+        L = torch.cat((B - B0, B0), 1)  # (d_out, 2r)
+        R = torch.cat((A, A - A0), 0)  # (2r, d_in)
         total = total + ((L.T @ L) * (R @ R.T)).sum()
     return scale**2 * total
 
 # ---- Algorithm 2 --------------------------------------------------------------------------------
-# Server and Client meet through payloads alone; what is learnt is at the server. A client may keep
-# tensors that it was sent, nothing that it made (no optimizer, no generator): a wire may build it
-# anew from `bootstrap` and a whole broadcast. FedTT+ broadcasts less; its clients refuse a gap.
+# Server and Client meet through payloads alone; what is learnt is at the server. A client may
+# keep tensors that it was sent, nothing that it made (no optimizer, no generator): a wire may
+# build it anew from `bootstrap` and a broadcast. (FedTT+ broadcasts less, and refuses a gap.)
 
 def generator(*key: int) -> torch.Generator:
-    """Randomness is a function of (seed, round, client, ...): nothing to save, nothing shared."""
+    """Randomness is a function of (seed, round, client, ...), so there is none to save."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> 1))
 
@@ -212,21 +210,22 @@ def detached(tensors: Payload) -> Payload:
     return {name: p.detach() for name, p in tensors.items()}
 
 def weights_of(lm: LM) -> Payload:
-    """The frozen tensors of a model (no LoRA) by name, and its configuration as JSON bytes."""
+    """A model's frozen tensors (no LoRA) by name, and its configuration as JSON bytes."""
     payload = {name: p.detach() for name, p in lm.named_parameters() if ".lora_" not in name}
     config = json.dumps(asdict(lm.config)).encode()
     return payload | {"config": torch.frombuffer(bytearray(config), dtype=torch.uint8)}
 
 def lm_from(payload: Payload, device="cpu") -> LM:
-    """The model that `weights_of` described, around the payload's tensors: they are not copied."""
+    """The model that `weights_of` described, around the payload's own tensors."""
     config = ModelConfig(**json.loads(bytes(payload["config"].tolist())))
     layers = {int(name.split(".")[1]) for name in payload if name.startswith("layers.")}
     with torch.device("meta"):
         lm = LM.empty(config, layers)
-    return lm.take({name: payload[name].to(device) for name in lm.state_dict() if name in payload})
+    names = lm.state_dict().keys() & payload.keys()
+    return lm.take({name: payload[name].to(device) for name in names})
 
 class Server:
-    """Owns the whole LLM and the public data; clients get the emulator and the adapter."""
+    """Owns the whole LLM and the public data; clients get E and A."""
     no_use = frozenset()  # shared flags that mean nothing to the method
     Flags = Config  # a dataclass: the method's own flags, if any
     period = 1  # rounds after which the sizes of payloads repeat
@@ -256,7 +255,7 @@ class Server:
         self.optimizer = torch.optim.AdamW(self.emulated.values(), cfg.server_lr, (0.9, 0.95))
 
     def give_own_weights(self, layers):
-        """E's matrices and norms become fp32 copies, so that Eq. 5 leaves the full model alone."""
+        """E's matrices and norms become fp32 copies: Eq. 5 leaves the full model alone."""
         own = {n: p.to(torch.float32, copy=True) for n, p in layers.state_dict().items()
                if int(n.split(".")[0]) in self.kept and ".lora_" not in n}
         layers.load_state_dict(layers.state_dict() | own, assign=True)
@@ -264,8 +263,8 @@ class Server:
         self.emulator = {f"layers.{n}": layers.get_parameter(n) for n in own}
 
     def bootstrap(self) -> Payload:
-        """Once: frozen tensors of E and A, embeddings, norm, head. No dropped layer; after Eq. 5 no
-        layer of the original's below the adapter (section 2.2)."""
+        """Once: frozen tensors of E and A, embeddings, norm, head. No dropped layer; after Eq. 5
+        no original layer below the adapter (section 2.2)."""
         if not self.aligned:
             self.align_weights(self.cfg.align_init)
         return weights_of(self.student)  # ABLATE: what is shipped
@@ -273,21 +272,20 @@ class Server:
     def broadcast(self, t: int) -> Payload:
         """Lines 3-7: re-align E with E*, then send the LoRA of E and A.
         PAPER SILENT: Algorithm 2 aligns E steps in every round, the text 500 once and E between
-        rounds; so: align_init before round 0, align_steps before the others, none after the last.
-        """
+        rounds. So: align_init before the first, align_steps before each other."""
         init = self.cfg.align_init if self.cfg.align_init_on == "lora" else 0
         self.align(t, self.cfg.align_steps if t else init)
         return detached(self.emulated | self.tuned)  # ABLATE: what is shipped
 
     def align(self, t: int, steps: int):
-        """Eq. 7: AdamW on the LoRA of E; the current adapter sits frozen in both models."""
+        """Eq. 7: AdamW on the LoRA of E; the adapter sits frozen in both models."""
         if self.cfg.align_renew:
             self.optimizer.state.clear()
         self.descend(t, steps, self.optimizer)
 
     def align_weights(self, steps: int):
-        """Eq. 5: AdamW on all matrices and norms of E, then E is frozen in the checkpoint's dtype.
-        LoRA of E is zero in these steps and comes in afterwards."""
+        """Eq. 5: AdamW on all matrices and norms of E, which then freeze in the checkpoint's
+        dtype. LoRA of E is zero in these steps."""
         weights, warm_up = [*self.emulator.values()], 20
         optimizer = torch.optim.AdamW(weights, lr=self.cfg.align_init_lr, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -310,7 +308,7 @@ class Server:
         self.aligned = True
 
     def descend(self, t: int, steps: int, optimizer, schedule=None):
-        """`steps` steps of `optimizer` on the alignment's losses, on batches of the public data."""
+        """`steps` steps of `optimizer` on the alignment's losses on the public data."""
         cfg, losses, device = self.cfg, [], self.full.output.weight.device
         key = cfg.seed, t, SERVER
         batches = self.public.batches(steps, cfg.batch_size, key) if steps else ()
@@ -330,13 +328,12 @@ class Server:
                                 f"smaller --server-lr or --align-init-lr")
 
     def alignment_losses(self, batch) -> dict[str, tuple[float, Tensor]]:
-        """Name: (weight, value) of Eq. 3, ||E(x) - E*(x)||^2, and of Eq. 4, KL(teacher || student);
-        Eq. 5 and 7 minimise their weighted sum. A new term reaches log and picture by itself.
+        """Name: (weight, value) of Eq. 3, ||E(x) - E*(x)||^2, and Eq. 4, KL(teacher || student);
+        Eq. 5 and 7 minimise the weighted sum. A new term reaches log and picture by itself.
         ABLATE: the alignment's losses
-        DIFFERS: the L2 is divided by the teacher's mean square, so that lambda and the learning
-        rates carry over between model sizes; --align-norm none is the literal Eq. 3.
-        PAPER SILENT: means are over the answers' tokens of a batch, so a long answer weighs more.
-        """
+        DIFFERS: the L2 is divided by the teacher's mean square, so that lambda and the rates
+        carry over between model sizes; --align-norm none is the literal Eq. 3.
+        PAPER SILENT: means are over a batch's answer tokens, so a long answer weighs more."""
         rows, weights = batch.rows, batch.weights
         if self.cfg.align_tokens == "all":
             rows = torch.arange(batch.tokens.numel(), device=batch.tokens.device)
@@ -360,7 +357,7 @@ class Server:
     def aggregate(self, t: int, uploads: list[Payload], weights: list[float]) -> dict[str, float]:
         """Eq. 11, line 16: A <- sum_m p_m A_m, p_m = |D_m| / |D| over those who took part. A and B
         are averaged apart; mean(B) mean(A) is not mean(B A).  ABLATE: aggregation
-        Returns what the server has measured since the last aggregation, for the log."""
+        Returns what the server has measured since the last call, for the log."""
         total = sum(weights)
         for name, p in self.tuned.items():
             p.copy_(sum(w / total * up[name].to(p.device) for up, w in zip(uploads, weights)))
@@ -371,8 +368,7 @@ class Server:
         return {"base": self.full, "adapemu": self.student, "adapfu": self.teacher}
 
     def state_dict(self) -> dict:
-        """What the rounds change; `learnt` is what lora.pt holds. (`emulator` changes before them.)
-        """
+        """What rounds change; `learnt` is what lora.pt holds."""
         learnt = {name: p.detach().cpu() for name, p in (self.emulated | self.tuned).items()}
         return {"learnt": learnt, "optimizer": self.optimizer.state_dict()}
 
@@ -384,7 +380,7 @@ class Server:
             self.freeze(state["emulator"])
 
 class Client:
-    """Knows what it was handed: E and A. It keeps nothing of its own between rounds."""
+    """Knows E and A, which it was handed; keeps nothing of its own between rounds."""
     def __init__(self, bootstrap: Payload, cfg, device="cpu"):
         self.cfg = cfg
         lm = lm_from(bootstrap, device)
@@ -398,7 +394,7 @@ class Client:
 
     def update(self, t: int, payload: Payload, examples, m: int) -> tuple[Payload, dict]:
         """Lines 8-15: K steps of AdamW on Eq. 6 over the LoRA of A; the upload, and F_m's mean.
-        Nothing below the adapter needs a gradient, so autograd keeps no activation of E."""
+        Nothing below A needs a gradient, so autograd keeps no activation of E."""
         cfg, losses = self.cfg, []
         copy_into(self.received, payload)  # Eq. 8
         sent = {name: p.detach().clone() for name, p in self.tuned.items()}
@@ -425,8 +421,8 @@ class Client:
 
     def macs_per_token(self) -> int:
         """Table 5's cost of a token, (L + L_bp - 1) P multiplications with addition (the paper's
-        GFLOP are GMAC): L layers at the client, L_bp of them crossed by the backward pass, P a
-        layer's matrices and what is tuned in it. Norms, head and attention scores do not count."""
+        GFLOP are GMAC): L layers at the client, L_bp of them crossed by the backward pass, P
+        numbers in a layer's matrices and LoRA. Norms, head and attention scores do not count."""
         layers, lowest = self.lm.layers, min(int(name.split(".")[1]) for name in self.tuned)
         counted = sum(p.numel() for n, p in layers.named_parameters() if "norm" not in n)
         crossed = sum(int(i) >= lowest for i in layers)
@@ -436,10 +432,10 @@ def payload_bytes(payload: Payload) -> int:
     return sum(t.numel() * t.element_size() for t in payload.values())
 
 class Wire:
-    """Between server and clients, all in one process, one client after the other."""
+    """Server and clients in one process, one client after the other."""
     def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> tuple:
-        """The work of those who were `chosen`: {client: (upload, metrics)}, and the bytes of every
-        payload down and up. metrics["examples"] is what p_m of Eq. 2 is made of."""
+        """The work of the `chosen`: {client: (upload, metrics)}, and the bytes of every payload
+        down and up. metrics["examples"] is the |D_m| of Eq. 2."""
         results = {}
         for m in tqdm(chosen, f"round {t + 1}", leave=False, disable=None):
             upload, metrics = client.update(t, payload, shards[m], m)
@@ -448,14 +444,14 @@ class Wire:
         return results, [payload_bytes(payload) for _ in chosen], up
 
 def choose_clients(cfg, clients: int, t: int) -> list[int]:
-    """All of them, or clients_per_round drawn without replacement, the same in every process."""
+    """All, or clients_per_round drawn without replacement, the same in every process."""
     if cfg.clients_per_round in (0, clients):
         return list(range(clients))
     rng = np.random.default_rng((cfg.seed, t, SERVER))
     return sorted(rng.choice(clients, cfg.clients_per_round, False).tolist())
 
 def misfit(upload: Payload, expected: Payload) -> str:
-    """Why an upload cannot be counted, by its names, shapes and dtypes alone; "": it can."""
+    """Why an upload's names, shapes or dtypes keep it from being counted; "": nothing."""
     found, wanted = ({name: (t.dtype, [*t.shape]) for name, t in p.items()}
                      for p in (upload, expected))
     for n in sorted(found.keys() | wanted.keys()):
@@ -464,7 +460,7 @@ def misfit(upload: Payload, expected: Payload) -> str:
     return ""
 
 def implausible(metrics: dict) -> str:
-    """Why what a client reports cannot be used; "": it can."""
+    """Why a client's report cannot be used; "": it can."""
     loss, examples = metrics.get("loss"), metrics.get("examples")
     if type(loss) not in (int, float) or not abs(loss) <= MOST_LOSS:  # NaN compares false
         return f"its loss is {loss!r:.40}; try a smaller --lr or --dtype fp32"
@@ -473,7 +469,7 @@ def implausible(metrics: dict) -> str:
     return ""
 
 def distances(uploads: list[Payload], expected: Payload) -> list[float]:
-    """How far every upload is from what was sent, a norm in fp64. The host reads once for all."""
+    """Every upload's distance from what was sent, a norm in fp64. The host reads once."""
     def distance(upload):
         apart = (upload[name].to(like.device).double() - like.double()
                  for name, like in expected.items() if like.is_floating_point())
@@ -482,7 +478,7 @@ def distances(uploads: list[Payload], expected: Payload) -> list[float]:
 
 def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[Payload, dict]]:
     """The results that count, and one line for each that does not.
-    DIFFERS: the paper averages whatever comes. --max-update-norm 0 leaves sizes alone."""
+    DIFFERS: the paper averages whatever comes. --max-update-norm 0 accepts all sizes."""
     reasons = {m: misfit(upload, expected) or implausible(metrics)
                for m, (upload, metrics) in results.items()}
     fit = [m for m in results if not reasons[m]]
@@ -495,21 +491,23 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
         if not math.isfinite(norm):
             reasons[m] = "not all of its numbers are finite; try a smaller --lr"
         elif 0 < bound * usual < norm:
-            reasons[m] = (f"it moved {norm:.3g}, more than --max-update-norm {bound:g} "
-                          f"times the round's median {usual:.3g}")
+            reasons[m] = (f"it moved {norm:.3g}, more than --max-update-norm {bound:g} times "
+                          f"the round's median {usual:.3g}")
     for m in (m for m in results if reasons[m]):
         print(f"round {t + 1}, client {m}: rejected, {reasons[m]}", file=sys.stderr)
     if all(reasons.values()):
-        raise UserError(f"round {t + 1}: no client's upload could be counted, the last one "
-                        f"since {reasons.popitem()[1]}; the last round's state is kept")
+        raise UserError(f"round {t + 1}: no client's upload counts, the last one since "
+                        f"{reasons.popitem()[1]}; the last round's state is kept")
     return {m: result for m, result in results.items() if not reasons[m]}
 
 def federate(server, client, shards, cfg, wire, first_round: int = 0):
-    """Algorithm 2: yields one record a round. Any Server/Client pair of the protocol will do."""
+    """Algorithm 2: one record a round, for any Server and Client of the protocol. `bootstrap`,
+    with Eq. 5, comes before; a resumed run begins at `first_round`."""
     for t in range(first_round, cfg.rounds):
         start = time.perf_counter()
         payload = server.broadcast(t)  # lines 3-7: align E, send A and E
-        chosen, expected = choose_clients(cfg, len(shards), t), server.expected(t)
+        chosen = choose_clients(cfg, len(shards), t)
+        expected = server.expected(t)  # an upload's names, shapes, dtypes, and what was sent
         # lines 8-15: K local steps of each
         results, down, up = wire.round(t, payload, client, shards, chosen, expected)
         uploads, metrics = zip(*accepted(t, results, expected, cfg).values())

@@ -1,4 +1,4 @@
-"""A LLaMA decoder by hand: Touvron et al. 2023 (arXiv 2302.13971, 2307.09288), with Meta's names.
+"""A LLaMA decoder by hand (Touvron et al. 2023, arXiv 2302.13971, 2307.09288), Meta's names.
 B sequences, T tokens, D dim, H query heads, G key/value heads, d = D / H, V vocabulary.
 
     lm, tokenizer = load("tiny/llama")
@@ -23,20 +23,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 class UserError(ValueError):
-    """A mistake of the user's, in one line: what was expected, what was found, what to try."""
+    """A user's mistake in one line: what was expected, was found, can be tried."""
 def room(name: str):
     """A module of a folder beside the core files, which a fork may have deleted."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(f"this needs {name}: {error} in this copy of the project") from None
+        raise UserError(f"this needs {name}: {error} in this copy") from None
 
 # ---- files --------------------------------------------------------------------------------------
-
 @contextlib.contextmanager
 def expecting(what: str, where):
-    """Whatever goes wrong in the block becomes one line about the user's file `where`. A line about
-    a file inside `where` is complete already."""
+    """What goes wrong in the block becomes one line about the file `where`, if it is none yet."""
     try:
         yield
     except Exception as error:  # a damaged file raises nearly anything
@@ -63,7 +61,7 @@ def read_bytes(path, most: int = 2**31) -> bytes:
         return file.read()
 
 def parse_json(text: str | bytes, where, what: str = "JSON"):
-    """One JSON text, without NaN and Infinity; `where` and `what` it is are for the error."""
+    """A JSON text, without NaN and Infinity; `where` and `what` it is are for the error."""
     with expecting(what, where):
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         return json.loads(text, parse_constant=int)  # int("NaN") is a ValueError
@@ -72,13 +70,14 @@ def read_json(path, what: str = "JSON"):
     return parse_json(read_bytes(path, 2**26), path, what)
 
 def read_saved(path, mapped=False):
-    """What torch.save wrote. No code in the file is run, and its checksums are compared."""
+    """What torch.save wrote. No code in it is run, and its checksums are compared."""
     with open_file(path) as file, expecting("tensors as torch.save writes them", path):
         if is_zip := zipfile.is_zipfile(file):  # else the format before 2020
             archive = zipfile.ZipFile(file)  # torch.load ignores checksums
             if archive.testzip() or any(r.compress_type for r in archive.infolist()):
                 raise ValueError("a record that is damaged or compressed")
-        return torch.load(path, map_location="cpu", mmap=mapped and is_zip, weights_only=True)
+        mapped = mapped and is_zip
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
 
 def read_pickle(path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's .pth or .bin file by name, mapped."""
@@ -92,7 +91,7 @@ def read_pickle(path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """A path to write to: it takes the place of `path` when the block has ended without error."""
+    """A path to write to, which takes the place of `path` if the block ends without error."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as own:
@@ -121,18 +120,17 @@ def fingerprint(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 def clean_text(text: str) -> str:
-    """Text that UTF-8 can hold: two surrogates become their character, a lone one U+FFFD."""
+    """Text for UTF-8: two surrogates become their character, a lone one U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 # ---- configuration ------------------------------------------------------------------------------
-
 PARAMS_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps",
                "ffn_dim_multiplier", "rope_theta", "max_seq_len", "max_batch_size"}
 IGNORABLE_IF_FALSE = {"use_scaled_rope", "attention_bias", "mlp_bias"}
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture, as params.json (Meta) or config.json (Hugging Face) gives it."""
+    """The architecture, from params.json (Meta) or config.json (Hugging Face)."""
     dim: int
     n_layers: int
     n_heads: int
@@ -185,21 +183,20 @@ class ModelConfig:
                    p.get("vocab_size", -1), hidden, p["norm_eps"], p.get("rope_theta") or 10000.0)
 
 # ---- the decoder --------------------------------------------------------------------------------
-
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps), made in fp32 and rounded before the gain, as Meta's code does."""
+    """x / sqrt(mean(x^2) + eps), in fp32 and rounded before the gain, as in Meta's code."""
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotary embedding of x (B, T, H, d), Meta's layout: neighbours (2i, 2i+1) are one complex
-    number, turned by its position's angle: on the CPU ten times faster than cos and sin apart."""
+    number, turned by its position's angle (on the CPU faster than cos and sin apart)."""
     z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, d/2)
     return torch.view_as_real(z * torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
 
 def remember(cache: Tensor, k: Tensor, v: Tensor, slots, mask):
-    """Writes keys and values (B, G, T, d) into a block's cache (2, B, G, S, d), returns those to
-    attend to. A slot is an absolute position: a row's new tokens overwrite its prompt's padding."""
+    """Writes keys and values (B, G, T, d) into a block's cache (2, B, G, S, d); returns those to
+    attend to. A slot is an absolute position: new tokens overwrite the prompt's padding."""
     if slots is None:  # the prompts, from slot 0 on
         cache[0, :, :, :k.shape[2]], cache[1, :, :, :v.shape[2]] = k, v
         return k, v
@@ -217,7 +214,8 @@ class Attention(nn.Module):
         self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
     def forward(self, x: Tensor, rope: Tensor, past=None) -> Tensor:
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim))
+                   for w in (self.wq, self.wk, self.wv))  # (B, T, H or G, d)
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))
         cache, slots, mask = past or (None, None, None)
         if cache is not None:
@@ -242,9 +240,9 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """One pre-norm decoder layer: the unit that FedBiOT drops, freezes, ships and averages.
-    It does not know its own index: an emulator has fewer blocks, and each must compute the
-    same thing at any depth. `past` is (its cache, slots, mask), see LM.hidden. `rows` (N,), where
-    given, are the positions b T + t that are wanted: the feed-forward is spared the others."""
+    It does not know its index: an emulator has fewer blocks, and each must compute the
+    same thing at any depth. `past` is (its cache, slots, mask), see LM.hidden. `rows` (N,), if
+    given, are the wanted positions b T + t; the feed-forward is spared the others."""
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.attention = Attention(c)
@@ -259,8 +257,8 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))  # each token on its own
 
 class LM(nn.Module):
-    """Embeddings, some blocks, final norm and head. `layers` is keyed by the *full* model's layer
-    index, so a compressed model's tensors keep the names that they have in the checkpoint."""
+    """Embeddings, some blocks, final norm and head. `layers` is keyed by the *full* model's
+    indices, so a compressed model's tensors keep their names of the checkpoint."""
     def __init__(self, config, layers: dict, tok_embeddings, norm, output, stored=None):
         super().__init__()
         self.config = config
@@ -268,14 +266,14 @@ class LM(nn.Module):
         self.layers = nn.ModuleDict({str(i): layers[i] for i in sorted(layers, key=int)})
         self.norm = norm
         self.output = output
-        self.stored = stored  # the dtype that the matrices have in the checkpoint
+        self.stored = stored  # the matrices' dtype in the checkpoint
 
     @classmethod
     def empty(cls, config: ModelConfig, layer_ids=None) -> "LM":
-        """A model with PyTorch's default initialisation; none under torch.device("meta")."""
+        """A model with PyTorch's initialisation; without under torch.device("meta")."""
         V, D = config.vocab_size, config.dim
         ids = range(config.n_layers) if layer_ids is None else layer_ids
-        # the numbers of nn.Embedding(V, D), which under torch.device("meta") takes most of a second
+        # the numbers of nn.Embedding(V, D), which takes most of a second on "meta"
         embeddings = nn.Embedding.from_pretrained(torch.randn(V, D), freeze=False)
         lm = cls(config, {i: Block(config) for i in ids}, embeddings, RMSNorm(D, config.norm_eps),
                  nn.Linear(D, V, bias=False))
@@ -284,7 +282,7 @@ class LM(nn.Module):
         return lm
 
     def take(self, state: dict) -> "LM":
-        """Puts `state`'s tensors in the place of those made on meta; frozen, a tied one once."""
+        """`state`'s tensors, frozen, in the place of those on "meta"; a tied one once."""
         state = {name: nn.Parameter(t) for name, t in state.items()}
         if self.config.tied:
             state["output.weight"] = state["tok_embeddings.weight"]
@@ -296,7 +294,7 @@ class LM(nn.Module):
         return LM(self.config, layers, self.tok_embeddings, self.norm, self.output, self.stored)
 
     def caches(self, batch: int, slots: int) -> list[Tensor]:
-        """Room for each block's keys and values, (2, B, G, S, d)."""
+        """Each block's keys and values, (2, B, G, S, d)."""
         shape = (2, batch, self.config.n_kv_heads, slots, self.config.head_dim)
         return [self.tok_embeddings.weight.new_zeros(shape) for _ in self.layers]
 
@@ -326,9 +324,8 @@ class LM(nn.Module):
         return self.output(self.hidden(tokens))
 
 # ---- checkpoints --------------------------------------------------------------------------------
-
 class Tokenizer:
-    """The sentencepiece model of LLaMA 1 and 2: text <-> ids. `ends`: EOS, other ids that end."""
+    """The sentencepiece model of LLaMA 1 and 2: text <-> ids. `ends`: EOS and others."""
     def __init__(self, path, ends=()):
         from sentencepiece import SentencePieceProcessor  # here: --plan needs no tokenizer
         self.pieces, content = SentencePieceProcessor(), read_bytes(path)
@@ -342,28 +339,28 @@ class Tokenizer:
         self.ends = tuple(dict.fromkeys((self.eos, *ends)))
 
     def encode(self, text: str | list[str]) -> list:
-        """Ids of a text, or of several on all cores. No BOS, no EOS: data.py places each once."""
+        """Ids of a text, or of several on all cores. No BOS, no EOS: data.py adds them."""
         return self.pieces.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         return self.pieces.decode(ids)
 
 def load_tokenizer(folder, config: ModelConfig) -> Tokenizer:
-    """tokenizer.model of a checkpoint folder. In Hugging Face's, further ids may end a text."""
+    """A folder's tokenizer.model. In Hugging Face's, further ids may end a text."""
     is_hf = os.path.isfile(Path(folder) / "config.json")
     ends = room("extras.huggingface").end_ids(Path(folder)) if is_hf else ()
     path = Path(folder) / "tokenizer.model"
     if not os.path.lexists(path):
-        raise UserError(f"{path}: expected LLaMA's sentencepiece file, found none; in Meta's "
-                        f"downloads it is one folder up")
+        raise UserError(f"{path}: expected LLaMA's sentencepiece file, found none; "
+                        f"in Meta's downloads it is one folder up")
     tokenizer = Tokenizer(path, ends)
     if config.vocab_size not in (-1, tokenizer.vocab_size):
-        raise UserError(f"{path}: expected {config.vocab_size} pieces, one for each row of the "
-                        f"embeddings (none for an added pad token), found {tokenizer.vocab_size}")
+        raise UserError(f"{path}: expected {config.vocab_size} pieces, as many as embeddings "
+                        f"(no added pad token), found {tokenizer.vocab_size}")
     return tokenizer
 
 def weight_files(folder: Path) -> list[tuple[Path, int]]:
-    """(file, of how many shards that each hold a part of every matrix) of a folder's weights."""
+    """(file, of how many shards with a part of every matrix each) of a folder's weights."""
     meta = sorted(folder.glob("consolidated.*.pth"))
     files = [(path, len(meta)) for path in meta]
     if any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*")):
@@ -373,9 +370,11 @@ def weight_files(folder: Path) -> list[tuple[Path, int]]:
     return files
 
 def named_tensors(path: Path, config: ModelConfig):
-    """A file's tensors by Meta's names, in Meta's layout: the names there tell whose they are."""
-    is_pickle = path.suffix != ".safetensors"
-    tensors = read_pickle(path) if is_pickle else room("extras.huggingface").read_safetensors(path)
+    """A file's tensors by Meta's names, in Meta's layout; its own names tell whose it is."""
+    if path.suffix == ".safetensors":
+        tensors = room("extras.huggingface").read_safetensors(path)
+    else:
+        tensors = read_pickle(path)
     if any(name.startswith(("model.", "lm_head.")) for name in tensors):
         return room("extras.huggingface").translated(path, tensors, config)
     return ((name, tensor) for name, tensor in tensors.items() if name != "rope.freqs")
@@ -384,9 +383,9 @@ def named_tensors(path: Path, config: ModelConfig):
 def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float32,
                  device="cpu") -> LM:
     """An LM from a folder's weights, frozen, with `layer_ids` (default: all) of its layers.
-    Strict: every tensor of the architecture, in its shape, and nothing else; what stands twice (in
-    two sets of files, or as a tied head) must be equal; else UserError. `dtype` None: as stored.
-    One shard is mapped at a time, and copied tensor by tensor. Device "meta": nothing is read."""
+    Strict: every tensor of the architecture, in its shape, and nothing else; what stands twice
+    (in two files, or as a tied head) must be equal; else UserError. `dtype` None: as stored.
+    One shard is mapped at a time, copied tensor by tensor. Device "meta": nothing is read."""
     with torch.device("meta"):
         lm, part = LM.empty(config), LM.empty(config, layer_ids)
     if torch.device(device).type == "meta":
@@ -396,8 +395,8 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
     for path, shards in weight_files(Path(folder)):
         for name, tensor in named_tensors(path, config):
             if name not in known or not tensor.is_floating_point() or tensor.itemsize < 2:
-                raise UserError(f"{path}: surplus tensor {name:.80} of {tensor.dtype}, which a "
-                                f"LLaMA of {config.n_layers} layers does not have")
+                raise UserError(f"{path}: surplus tensor {name:.80} of {tensor.dtype}, not of a "
+                                f"LLaMA of {config.n_layers} layers")
             place = device if name in kept else "meta"
             parts[name].append(tensor.to(place, dtype or tensor.dtype, copy=True))
             if tensor.dim() == 2 and len(parts[name]) < shards:  # a norm is whole in each shard
@@ -408,14 +407,16 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
             key = "tok_embeddings.weight" if config.tied and name == "output.weight" else name
             first = state.setdefault(key, whole)
             if first is not whole and name in kept and not torch.equal(first.to(whole), whole):
-                raise UserError(f"{path}: {name} has other numbers than {key} had before in "
-                                f"{folder}; remove one of the two")
+                raise UserError(f"{path}: {name} has other numbers than {key} before; "
+                                f"remove one of the two files")
             del parts[name]
             lm.stored = tensor.dtype if name.endswith("wq.weight") else lm.stored
         tensor = None  # unmaps this shard before the next
-    with expecting(f"all tensors of a LLaMA of {config.n_layers} layers, from all shards", folder):
+    with expecting(f"all tensors of {config.n_layers} layers, from all shards", folder):
         lm.take(state)
-    return lm if layer_ids is None else lm.with_layers({i: lm.layers[str(i)] for i in layer_ids})
+    if layer_ids is None:
+        return lm
+    return lm.with_layers({i: lm.layers[str(i)] for i in layer_ids})
 
 def load(folder, layer_ids=None, dtype=torch.float32, device="cpu") -> tuple[LM, Tokenizer]:
     """The model and the tokenizer of a checkpoint folder, Meta's or Hugging Face's."""
@@ -426,16 +427,16 @@ def load(folder, layer_ids=None, dtype=torch.float32, device="cpu") -> tuple[LM,
     return load_weights(folder, config, layer_ids, dtype, device), tokenizer
 
 # ---- generation ---------------------------------------------------------------------------------
-
 CACHE_BYTES = 2**32  # leaves a card of 24 GB room beside a model of 7B
 
 def generate_batch(lm: LM, prompts, max_new_tokens: int, ends: tuple, pick) -> list[list[int]]:
-    """One batch of `generate`. Finished rows leave the batch once they are a quarter of it."""
+    """A batch of `generate`. Finished rows leave it once they are a quarter of it."""
     device, longest = lm.tok_embeddings.weight.device, max(map(len, prompts))
     caches = lm.caches(len(prompts), longest + max_new_tokens)
     tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)  # (B, T)
-    slots = torch.tensor([len(p) for p in prompts], device=device)  # where a row's next token goes
-    rows, last = torch.arange(len(prompts), device=device), torch.tensor(ends, device=device)
+    slots = torch.tensor([len(p) for p in prompts], device=device)  # of the next tokens
+    rows = torch.arange(len(prompts), device=device)
+    last = torch.tensor(ends, device=device)
     done, finite = torch.zeros_like(rows).bool(), torch.ones_like(rows[:1]).bool()
     output = rows.new_full((len(prompts), max_new_tokens), ends[0])
     x = lm.hidden(tokens, caches, rows=rows * longest + slots - 1)  # (B, D): each prompt's last
@@ -449,8 +450,8 @@ def generate_batch(lm: LM, prompts, max_new_tokens: int, ends: tuple, pick) -> l
         if step % look_every == 0 or step + 1 == max_new_tokens:
             *over, fine = torch.cat((done, finite)).tolist()
             if not fine:
-                raise UserError("the model's numbers are not finite; fp16 may be too narrow for "
-                                "them: try --dtype bf16 or fp32")
+                raise UserError("the model's numbers are not finite; fp16 may be too narrow: "
+                                "try --dtype bf16 or fp32")
             if all(over):
                 break
             if sum(over) * 4 >= len(over):
@@ -469,18 +470,22 @@ def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos, batch_s
              temperature=0.0, top_k=0, top_p=1.0, generator=None, stop: int | None = None,
              progress: str | None = None) -> list[list[int]]:
     """New token ids of each prompt, without `eos` (an id or several), in the prompts' order.
-    Greedy at temperature 0, else sampled with `generator` (on the model's device). Prompts are
-    sorted by length so that a batch wastes little padding; batch_size 0: up to 64 whose caches take
+    Greedy at temperature 0, else sampled with `generator` (on the model's device). Batches are
+    of similar lengths, for little padding; batch_size 0: up to 64 whose caches take
     CACHE_BYTES. A text also ends behind the piece `stop`; `progress` names a progress bar."""
     assert all(prompts), "generate: an empty prompt; begin with BOS"
     eos = (eos,) if isinstance(eos, int) else tuple(eos)
-    ends, pick = eos if stop is None else (*eos, stop), lambda logits: logits.argmax(-1)
+    ends = eos if stop is None else (*eos, stop)
+
+    def pick(logits):  # (B, V) -> (B,)
+        return logits.argmax(-1)
     if temperature:
         pick = room("extras.sampling").sampler(temperature, top_k, top_p, generator)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     slot = sum(cache.nbytes for cache in lm.caches(1, 1))  # bytes of a token's cache
     outputs, most = [None] * len(prompts), batch_size or 64
-    bar = tqdm(total=len(prompts), desc=progress, disable=None if progress else True, leave=False)
+    hidden = None if progress else True  # None: where stderr is no terminal
+    bar = tqdm(total=len(prompts), desc=progress, disable=hidden, leave=False)
     while order:
         batch = order[:most]
         while not batch_size and len(batch) > 1 and CACHE_BYTES < (

@@ -1,4 +1,4 @@
-"""The command line: federated fine-tuning of a LLaMA that its owner keeps, by FedBiOT and others.
+"""The command line: federated fine-tuning of a LLaMA that its owner keeps.
 
     python train.py --task gsm8k --dropout 0.2 --adapter 2
     python train.py --task gsm8k --dropout 0.2 --adapter 2 --ckpt llama-2-7b --data-dir data
@@ -37,24 +37,25 @@ METHODS = {"fedbiot": "fedbiot", "offsite": "baselines.offsite", "fedot": "basel
            "fedkseed-pro": "baselines.fedkseed", "fedtt": "baselines.fedtt",
            "fedtt+": "baselines.fedtt", "fedpt": "baselines.fedpt"}
 
+# DIFFERS: the authors' code from the paper, in these four.
 PRESETS = {"paper": {}, "official-code": {"align_tokens": "all", "prox": 0.0, "align_renew": True,
                                           "uniform_weights": True}}
 
 # ---- flags --------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class RunConfig(EvalConfig, Config):
-    """Config, EvalConfig, and what a run is beside them. None: depends, see `resolve`."""
+    """Config, EvalConfig, and what else a run is. None: depends, see `resolve`."""
     task: str = option("gsm8k", "what the clients' data teaches", choices=tuple(TASKS))
     method: str = option("fedbiot", "federated method", choices=tuple(METHODS))
     preset: str = option("paper", "the paper's settings, or its authors'", choices=tuple(PRESETS))
     clients: int = option(3, "number of clients; default of rosetta 9, of dolly 8", least=1)
     own_data: bool = option(False, "torchrun: every client rank has its own --data-dir")
-    max_len: int = option(512, "longest training sequence; other tasks 1024, bundled 256", least=2)
-    strip_annotations: bool = option(False, "take GSM8K's <<48/2=24>> out of the training answers")
-    eval_every: int = option(0, "rounds between evaluations (0: only at the end)")
+    max_len: int = option(512, "longest training sequence; other tasks 1024, bundled 256",
+                          least=2)
+    strip_annotations: bool = option(False, "take GSM8K's <<48/2=24>> out of training answers")
+    eval_every: int = option(0, "rounds between evaluations (0: at the end)")
     out: str | None = option(None, "run folder; default runs/<task>-<method>-…")
-    init_lora: str | None = option(None, "LoRA to start from: PEFT's folder, a run's, or a lora.pt")
+    init_lora: str | None = option(None, "LoRA to start from: PEFT's folder, a run's, a lora.pt")
     resume: bool = option(False, "go on from the last finished round of --out")
     plan: bool = option(False, "print layers and costs, and exit")
     json: bool = option(False, "--plan as one JSON object")
@@ -69,7 +70,7 @@ def config_of(*methods: str) -> type:
     return make_dataclass("MethodConfig", own.values(), bases=(RunConfig,), frozen=True)
 
 def parse(argv=None) -> RunConfig:
-    """The flags of the method that `argv` names; another method's are noted, others refused."""
+    """The flags of the method that `argv` names; another method's get a note."""
     first, left = Parser("", RunConfig, add_help=False).parse_known_args(argv)
     method = vars(first).get("method", "fedbiot")
     given, left = Parser(__doc__, config_of(method)).parse_known_args(argv)
@@ -82,7 +83,7 @@ def parse(argv=None) -> RunConfig:
     return cfg
 
 def resolve(given: dict) -> RunConfig:
-    """The whole configuration from the flags given: preset, then what the checkpoint suggests."""
+    """The configuration: what the checkpoint suggests, then the preset, then the flags given."""
     bundled, task = given.get("ckpt") is None, TASKS[given.get("task", "gsm8k")]
     method, world = given.get("method", "fedbiot"), int(os.environ.get("WORLD_SIZE", 1))
     values = {"ckpt": str(BUNDLED_CKPT), "data_dir": str(BUNDLED_DATA),
@@ -95,13 +96,15 @@ def resolve(given: dict) -> RunConfig:
     cfg = checked(config_of(method), values)
     if cfg.clients_per_round > cfg.clients:
         raise UserError(f"--clients-per-round {cfg.clients_per_round}: expected at most the "
-                        f"{cfg.clients} clients that there are")
+                        f"{cfg.clients} clients of the run")
     if cfg.validate and (cfg.task != "gsm8k" or cfg.own_data):
-        raise UserError(f"--validate {cfg.validate}: scores rows of gsm8k's training file, not "
-                        f"with another --task or --own-data; leave it out")
+        raise UserError(f"--validate {cfg.validate}: scores rows of gsm8k's training file, and "
+                        f"is not for another --task or --own-data")
+    if method == "offsite" and cfg.clients != 1:
+        raise UserError(f"--clients {cfg.clients}: offsite has one client; fedot has several")
     if cfg.own_data and cfg.clients != world - 1:
-        raise UserError(f"--own-data: needs torchrun, a process for each of {cfg.clients} clients "
-                        f"beside the server's, found {world - 1}; leave --clients out")
+        raise UserError(f"--own-data: needs torchrun, a process for each of {cfg.clients} "
+                        f"clients beside the server's, found {world - 1}")
     return cfg
 
 def as_json(cfg) -> dict:
@@ -109,10 +112,9 @@ def as_json(cfg) -> dict:
             if name not in ("resume", "plan", "json")}
 
 # ---- plan ---------------------------------------------------------------------------------------
-
 def plan(config: ModelConfig, cfg: RunConfig) -> dict:
     """Layers, trainable parameters, MB a client a round (down + up), GMAC a token (Table 5), all
-    counted on the meta device from the very objects that a run builds."""
+    counted on the meta device, from the objects that a run builds."""
     config = config if config.vocab_size > 0 else replace(config, vocab_size=32000)  # LLaMA's
     full = load_weights(cfg.ckpt, config, device="meta")
     method = method_of(cfg.method)
@@ -120,8 +122,8 @@ def plan(config: ModelConfig, cfg: RunConfig) -> dict:
     client = method.Client(server.bootstrap(), cfg, "meta")
     sent = fmean(payload_bytes(server.broadcast(t)) + payload_bytes(server.expected(t))
                  for t in range(server.period))
-    rest = sorted(set(range(config.n_layers)) - {*server.kept, *server.adapter})
-    return {"kept_layers": server.kept, "adapter_layers": server.adapter, "dropped_layers": rest,
+    left = sorted({*range(config.n_layers)} - {*server.kept, *server.adapter})
+    return {"kept_layers": server.kept, "adapter_layers": server.adapter, "dropped_layers": left,
             "trainable_params": sum(p.numel() for p in client.tuned.values()),
             "comm_mb_per_round": sent / 1e6, "gmac_per_token": client.macs_per_token() / 1e9}
 
@@ -132,8 +134,8 @@ def print_plan(p: dict, c: ModelConfig, cfg: RunConfig, more: dict[str, str]):
     row("method", f"{cfg.method}, {cfg.task}, {cfg.clients} clients, {cfg.rounds} rounds")
     row("model", f"{c.n_layers} layers x {c.dim}, {ckpt}")
     for name in ("kept (emulator)", "dropped", "adapter"):
-        layers = p[f"{name.split()[0]}_layers"]
-        row(name, f"{len(layers):3d}   {' '.join(map(str, layers))}")
+        if layers := p[f"{name.split()[0]}_layers"]:
+            row(name, f"{len(layers):3d}   {' '.join(map(str, layers))}")
     row("trainable", f"{p['trainable_params']:,} parameters")
     row("communication", f"{megabytes(p['comm_mb_per_round'] * 1e6)} a client a round, down + up")
     row("compute", f"{p['gmac_per_token']:.4g} GMAC a token at a client")
@@ -141,13 +143,12 @@ def print_plan(p: dict, c: ModelConfig, cfg: RunConfig, more: dict[str, str]):
         row(name, text)
 
 # ---- run folder ---------------------------------------------------------------------------------
-
 COLUMNS = ("round", "client_loss", "align_l2", "align_kl", "bytes_down", "bytes_up", "seconds")
 FREE = {"out", "device", "client_timeout", "ckpt", "proxy_ckpt", "data_dir", "init_lora",
         "save_predictions"}  # a resumed run may change these
 
 def made(folder: Path) -> bool:
-    """Makes a run's folder; False: it exists. Of two runs that want it only one gets it."""
+    """Makes a run's folder; False: it exists. Of two runs that want it one gets it."""
     try:
         folder.mkdir(parents=True)
         return True
@@ -178,13 +179,13 @@ def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """The kernel lets go of the lock when the process ends, however it ends."""
+    """A lock that the kernel drops when the process ends, however it ends."""
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise UserError(f"--out {folder}: not a folder, or a run is at work in it (wait for its "
-                        f"end, or choose another name): {error.strerror}") from None
+        raise UserError(f"--out {folder}: not a folder, or a run is at work in it (wait for it, "
+                        f"or choose another name): {error.strerror}") from None
     try:
         yield
     finally:
@@ -193,23 +194,23 @@ def locked(folder: Path):
             folder.rmdir()  # where nothing was written
 
 def checkpoints(cfg: RunConfig) -> dict[str, str]:
-    """Fingerprints of the files of --ckpt and, for FedPT, of --proxy-ckpt."""
+    """Fingerprints of the files of --ckpt and of FedPT's --proxy-ckpt."""
     return {f"{flag(name)} {path.name}": fingerprint(path)
             for name, folder in asdict(cfg).items() if name.endswith("ckpt") and folder
             for path in sorted(Path(folder).glob("[!.]*"))
             if path.suffix in (".json", ".pth", ".bin", ".safetensors", ".model")}
 
 def made_of(folder: Path, cfg: RunConfig) -> dict[str, str]:
-    """Fingerprints that tie what a run learnt to its configuration and its checkpoint."""
+    """Fingerprints that tie what a run learnt to its configuration and checkpoint."""
     files = (folder / name for name in ("config.json", "lora.pt", "emulator.pt"))
     own = {path.name: fingerprint(path) for path in files if os.path.isfile(path)}
     return own | checkpoints(cfg)
 
 def read_run(folder: Path) -> RunConfig:
-    """The configuration of a finished run, whose files are as the run wrote them."""
+    """A finished run's configuration; its files are as the run wrote them."""
     if not os.path.isfile(folder / "summary.json"):
-        raise UserError(f"--run {folder}: expected the folder of a finished run; an unfinished "
-                        f"one goes on with train.py --resume --out")
+        raise UserError(f"--run {folder}: expected the folder of a finished run; another goes "
+                        f"on with train.py --resume --out")
     with expecting("its files as the run wrote them, and its checkpoint", folder):
         values = read_json(folder / "config.json")
         cfg = checked(config_of(values["method"]), values)
@@ -220,8 +221,8 @@ def read_run(folder: Path) -> RunConfig:
         return cfg
 
 def load_state(folder: Path, now: dict[str, str]) -> dict | None:
-    """What the last finished round left, or None. `now` is what the run depends on, by name: flags,
-    data and checkpoint; a state of other ones is refused."""
+    """What the last finished round left, or None. `now` is what the run depends on: flags, data
+    and checkpoint by name; a state of others is refused."""
     path = folder / "state.pt"
     if not os.path.lexists(path):
         return None
@@ -236,18 +237,18 @@ def load_state(folder: Path, now: dict[str, str]) -> dict | None:
             now = now | {"emulator.pt": fingerprint(folder / "emulator.pt")}
     for name, value in now.items():
         if value != then.get(name):
-            raise UserError(f"{path}: was made with {name} {then.get(name)}, now it is "
-                            f"{value}; resume with the same, or choose another --out")
+            raise UserError(f"{path}: was made with {name} {then.get(name)}, now it is {value}; "
+                            f"resume with the same, or choose another --out")
     return state
 
 def depends_on(cfg: RunConfig) -> dict[str, str]:
-    """Flags, and fingerprints of test files and checkpoint, all read before the first step."""
+    """Flags, and fingerprints of test files and checkpoint, read before the first step."""
     tests = {path.name: fingerprint(path) for path in room(TASKS[cfg.task].module).prepare(cfg)}
     flags = {flag(name): value for name, value in as_json(cfg).items() if name not in FREE}
     return flags | tests | checkpoints(cfg)
 
 def round_line(r: dict, rounds: int, accuracies) -> str:
-    """One aligned line of a round, with all that the method has measured."""
+    """An aligned line, with all that the method has measured."""
     measured = [name for name in r if name not in (*COLUMNS[:2], *COLUMNS[4:], *accuracies)]
     return " | ".join([
         f"round {r['round']:{len(str(rounds))}d}",
@@ -270,9 +271,8 @@ def print_summary(summary: dict):
           f"{summary['trainable_params']:,} trainable parameters; {summary['seconds']:.0f} s")
 
 # ---- main ---------------------------------------------------------------------------------------
-
 class Run:
-    """A run folder and what has been learnt so far: logs, saves and evaluates, round by round."""
+    """A run folder and what it has so far: logs, saves and evaluates, round by round."""
     def __init__(self, folder: Path, cfg: RunConfig, server, tokenizer, state: dict, start: float):
         self.folder, self.cfg, self.server, self.tokenizer = folder, cfg, server, tokenizer
         self.state, self.rows = state, state["rows"]
@@ -288,7 +288,7 @@ class Run:
             self.save()
 
     def save(self):
-        """state.pt is in place before the round's row is in the log."""
+        """state.pt is in place before the log has the round."""
         seconds = time.perf_counter() - self.start
         self.state |= {"server": self.server.state_dict(), "seconds": seconds}
         write_file(self.folder / "state.pt", lambda file: torch.save(self.state, file))
@@ -304,10 +304,10 @@ class Run:
         print(round_line(record, self.cfg.rounds, self.state["metrics"]), flush=True)
 
     def evaluate_if_due(self):
-        """The last row's accuracies; the base model never changes and is scored once."""
+        """The last row's accuracies; the base model is scored once."""
         row, cfg, metrics = self.rows[-1], self.cfg, self.state["metrics"]
-        last = row["round"] == cfg.rounds
-        if "base" in row or not (last or cfg.eval_every and row["round"] % cfg.eval_every == 0):
+        due = cfg.eval_every and row["round"] % cfg.eval_every == 0 or row["round"] == cfg.rounds
+        if "base" in row or not due:
             return
         for name, lm in self.server.models().items():
             if name != "base" or "base" not in metrics:
@@ -336,8 +336,9 @@ class Run:
         return summary
 
 def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
-    """The server's side, and in one process the clients' too: from the data to the summary."""
-    start, config, method = time.perf_counter(), ModelConfig.read(cfg.ckpt), method_of(cfg.method)
+    """The server's side, in one process the clients' too: from the data to the summary."""
+    start, method = time.perf_counter(), method_of(cfg.method)
+    config = ModelConfig.read(cfg.ckpt)
     tokenizer, known = load_tokenizer(cfg.ckpt, config), depends_on(cfg)
     public = make_public(cfg.data_dir, tokenizer, cfg.max_len)
     known["public data"] = digest_of(public.examples)
@@ -350,7 +351,8 @@ def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
     state = load_state(folder, known)
     full = load_weights(cfg.ckpt, replace(config, vocab_size=tokenizer.vocab_size),
                         dtype=pick_dtype(cfg.dtype, device), device=device)
-    print_plan(costs, config, cfg, {"run": f"{folder}\n"})
+    since = f", from round {len(state['rows']) + 1} on" if state else ""
+    print_plan(costs, config, cfg, {"run": f"{folder}{since}\n"})
     server = method.Server(full, public, cfg)
     if state:
         restore(server, state["server"], folder)

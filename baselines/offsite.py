@@ -17,9 +17,6 @@ from model import UserError
 def split(n: int, cfg) -> tuple[list[int], list[int]]:
     """(emulator's layers, adapter's layers), 0-based indices of the full model's n layers."""
     s = cfg.adapter
-    if cfg.method == "offsite" and cfg.clients != 1:
-        raise UserError(f"--method offsite: Offsite-Tuning has one client, found {cfg.clients}; "
-                        f"fedot has several")
     if not 1 <= 2 * s < n:
         raise UserError(f"--adapter {s}: {cfg.method} tunes the first and the last s of the "
                         f"model's {n} layers, so choose 1..{(n - 1) // 2}")

@@ -232,14 +232,14 @@ def final(summary: dict) -> float:
 
 
 def held_out(job: Future) -> float:
-    """What a run of the search ended with; 0 where it ended because its numbers were not finite:
-    the rate is too high."""
+    """The accuracy with which a run of the search ended; -1 where it diverged: the rate is too
+    high."""
     try:
         return final(job.result())
     except Failed as failed:
         if "try a smaller --lr" not in str(failed):
             raise
-        return 0.0
+        return -1.0
 
 
 def climb(count: int, first, measure, short: bool) -> tuple[int, dict[int, float]]:
@@ -277,7 +277,8 @@ def search(runs: Runs, cell) -> dict:
                                      *runs.aligned(cell, seed, *kl_of(flags)), *flags)
             return {i: held_out(job) for i, job in jobs.items()}
         best, tried = climb(len(values), first, accuracies, args.short_search)
-        choice["lines"] += [[*shown(cell), f"{tidy(flag)} {values[i]:g}", f"{100 * tried[i]:.1f}",
+        choice["lines"] += [[*shown(cell), f"{tidy(flag)} {values[i]:g}",
+                             f"{100 * tried[i]:.1f}" if tried[i] >= 0 else "diverged",
                              "chosen" if i == best else ""] for i in sorted(tried)]
         return values[best]
     choice["lr"] = measured("--lr", rates, FIRST.get(method, (3, 4)) if args.bundled else range(5))

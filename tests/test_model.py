@@ -217,7 +217,7 @@ def test_text_is_cleaned_of_what_utf_8_cannot_hold():
 
 def test_a_room_that_is_absent_is_one_line():
     # kills: ModuleNotFoundError let through
-    refused(lambda: model.room("extras.absent"), "extras.absent", "copy of the project")
+    refused(lambda: model.room("extras.absent"), "extras.absent", "in this copy")
     refused(lambda: model.room("cellar.wine"), "cellar.wine")
     with folder() as path, patch.dict("sys.modules", {"extras.huggingface": None}):
         hf_folder(path, tiny_lm())

@@ -134,7 +134,7 @@ def test_every_client_may_have_data_of_its_own():
         one_line(cli(*flags, "--own-data", "--out", path / "alone"), "--own-data", "torchrun")
     with patch.dict(os.environ, WORLD_SIZE="4", LOCAL_WORLD_SIZE="4"):
         refused(lambda: train.resolve({"own_data": True, "validate": 5}), "--validate 5", "own-dat")
-        refused(lambda: train.resolve({"own_data": True, "method": "offsite"}), 3)
+        refused(lambda: train.resolve({"own_data": True, "method": "offsite"}), "one client", 3)
 
 
 def test_every_method_runs_over_processes():
@@ -451,7 +451,7 @@ def test_ctrl_c_is_one_line_state_kept_and_status_130():
             statuses, texts = ranks(path, world, *flags, "--out", run, then=interrupt,
                                     change=lingers_in_the_second_round)
             lines = re.findall(".*(?:[Ee]rror|Traceback|stopped).*", "\n".join(texts))
-            assert lines == ["stopped by Ctrl-C; what was saved stays"], texts
+            assert lines == ["stopped by Ctrl-C; --resume goes on with a run"], texts
             assert statuses == [130] * world
             saved, rows = read_saved(run / "state.pt"), read_log(run)
             assert saved["rows"] and len(saved["rows"]) - len(rows) in (0, 1)
