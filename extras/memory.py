@@ -177,7 +177,7 @@ def growth(live: Live, stand_in: StandIn, work) -> dict[str, int]:
 # ---- the parts of a run -------------------------------------------------------------------------
 
 class Longest:
-    """In place of data: batches of the longest sequences, in which every token is an answer's."""
+    """In place of data: batches of the longest sequences, with a target at every token."""
 
     def __init__(self, cfg):
         self.batch: Batch = collate([Example([1] * cfg.max_len, 1)] * cfg.batch_size)
@@ -292,27 +292,37 @@ def total(parts: dict[str, int]) -> int:
 
 # ---- for train.py -------------------------------------------------------------------------------
 
+PARTS = ("weights", "activations", "optimizer", "temporaries")
+NOT_COUNTED = {         # rows by device
+    "cpu": {
+        "  not counted": "Python and PyTorch themselves, 0.2 to 0.4 GB; freed memory that the C",
+        "": "library keeps, half as much again (MALLOC_MMAP_THRESHOLD_=65536: less, but slower)"},
+    "cuda": {"  not counted": "CUDA's own 0.5 GB; freed memory that PyTorch keeps for later"}}
+
+
 def add_to(plan: dict, config: ModelConfig, cfg, method) -> dict[str, str]:
     """Adds `memory_bytes`, what `needed` counts, to a plan; returns its rows for people."""
     plan["memory_bytes"] = m = needed(config, cfg, method)
     _, cfg = settings(config, cfg)
     dtype = str(pick_dtype(cfg.dtype, cfg.device)).removeprefix("torch.")
-    rows = {"memory": f"{dtype} on {cfg.device}, at most: {cfg.batch_size} sequences of "
-                      f"{cfg.max_len} tokens (--max-len), each an answer's"}
+    rows = {"memory": f"at most, in {dtype} on {cfg.device}; a batch is {cfg.batch_size} sequences "
+                      f"of {cfg.max_len} tokens (--max-len)",
+            "  training": columns("in all", *PARTS[:3], "gradients, temporary")}
     for side in ("server", "client"):
-        rows[f"  {side}"] = (
-            f"{size(m[side])}: weights {size(m[side + '_weights'])}, for the backward pass "
-            f"{size(m[side + '_activations'])}, optimizer {size(m[side + '_optimizer'])}, "
-            f"gradients and temporaries {size(m[side + '_temporaries'])}")
-    rows["  evaluation"] = (f"{size(m['evaluation'])} beside the server's weights; a token's cache "
-                            f"{size(m['evaluation_cache_a_token'])}")
-    rows["  one process"] = f"{size(m['one_process'])}, server and clients together"
-    if cfg.device == "cpu":
-        rows["  allocator"] = ("may keep half as much again; the variable "
-                               "MALLOC_MMAP_THRESHOLD_=65536 gives it back")
-    return rows
+        parts = [m[f"{side}_{name}"] for name in PARTS]
+        rows[f"    {side}"] = columns(*map(size, (sum(parts), *parts)))
+    rows["  evaluation"] = (f"{columns(size(m['evaluation']))}  beside the server's weights; "
+                            f"{size(m['evaluation_cache_a_token'])} for every cached token")
+    rows["  one process"] = (f"{columns(size(m['one_process']))}  server and clients together, as "
+                             f"without torchrun")
+    return rows | NOT_COUNTED.get(cfg.device, {})
+
+
+def columns(*cells: str) -> str:
+    """Cells, right-aligned in columns of which the last is wider."""
+    return "  ".join(f"{cell:>{20 if i == 4 else 11}}" for i, cell in enumerate(cells))
 
 
 def size(n: int) -> str:
     return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB" if n >= 2**20 else (
-        f"{n / 2**10:.1f} KiB")
+        f"{n / 2**10:.1f} KiB" if n else "0")

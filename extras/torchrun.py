@@ -94,6 +94,7 @@ class Processes:
             dist.init_process_group(backend, None, timedelta(hours=24), self.world, self.rank,
                                     self.store)             # hours: a server may align for long
         self.busy: dict[int, Order] = {}                    # by rank
+        self.quiet = contextlib.ExitStack()                 # while it is open, this rank is silent
 
     # ---- messages and tensors
 
@@ -247,10 +248,16 @@ class Processes:
 
     def serve(self, cfg, device):
         """A client rank's life: reads its data, compares flags, builds itself from what it is sent,
-        and obeys until the run ends."""
+        and obeys until the run ends. With --own-data its user may sit at another host than the
+        server's, so it prints a line when it has joined and one for each of its rounds."""
+        if cfg.own_data:
+            self.quiet.close()
         tokenizer = load_tokenizer(cfg.ckpt, ModelConfig.read(cfg.ckpt))
         name, shards = self.own_shards(cfg, tokenizer)
-        found = digest_of(next(s for s in shards if s).examples)
+        own, width = next(s for s in shards if s), len(f"round {cfg.rounds}")
+        found = digest_of(own.examples)
+        print(f"client {self.rank - 1} | {'joined':{width}} | {len(own):,} examples, waits for the "
+              f"server", flush=True)
         message, header = self.wait()
         flags, own_gpu, known = message
         free = FREE | {"threads", "proxy_ckpt", "init_lora", "shots", "samples"}
@@ -264,17 +271,22 @@ class Processes:
         self.travel(device, own_gpu)
         bootstrap = self.receive(0, described(header))
         self.post(0, [name, found], {})
-        client = method_of(cfg.method).Client(bootstrap, cfg, device)
+        self.obey(method_of(cfg.method).Client(bootstrap, cfg, device), shards, width)
+
+    def obey(self, client, shards, width: int):
+        """Works on the server's orders until the run ends. `width`: of the lines' second column."""
         upload = {}
         while True:
             order, header = self.wait()
             if order == "send":
                 self.send(0, upload)
-            else:
-                t, m = order
-                payload = self.receive(0, described(header))
-                upload, metrics = client.update(t, payload, shards[m], m)
-                self.post(0, metrics | {"examples": len(shards[m])}, upload)
+                continue
+            (t, m), start = order, time.perf_counter()
+            payload = self.receive(0, described(header))
+            upload, metrics = client.update(t, payload, shards[m], m)
+            self.post(0, metrics | {"examples": len(shards[m])}, upload)
+            print(f"client {m} | round {t + 1:{width - 6}d} | loss {metrics['loss']:.3f} | "
+                  f"{time.perf_counter() - start:.0f} s", flush=True)
 
     def own_shards(self, cfg, tokenizer) -> tuple[str, list]:
         """(what the state calls this data, the shard of every client): with --own-data this rank is
@@ -318,8 +330,8 @@ def main(run, argv=None) -> int:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     processes = Processes()
     try:
-        with contextlib.ExitStack() as quiet:
-            if processes.rank:                              # rank 0 prints, and whoever fails first
+        with processes.quiet as quiet:
+            if processes.rank:              # rank 0 prints, --own-data's clients, who fails first
                 nowhere = quiet.enter_context(open(os.devnull, "w"))
                 quiet.enter_context(contextlib.redirect_stdout(nowhere))
                 quiet.enter_context(contextlib.redirect_stderr(nowhere))

@@ -1,6 +1,7 @@
 """What `--plan` says of memory: counted on the meta device, held against arithmetic by hand."""
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -167,13 +168,29 @@ def test_the_evaluations_batch_is_the_one_that_generate_takes():
             assert by_plan == seen[0] == (64 if bound == most else 10)
 
 
+def in_bytes(text: str) -> float:
+    """`12.3 MiB`, as the plan writes it."""
+    number, _, unit = text.partition(" ")
+    return float(number) * {"": 1, "KiB": 2**10, "MiB": 2**20}[unit]
+
+
 def test_the_plan_prints_memory_and_without_the_room_says_what_it_needs():
-    # kills: memory counted at a run's start; no row where extras/ is absent; a status of its own
-    argv = ("--threads", 1, "--device", "cpu", "--max-len", 16, "--eval-batch", 1)
+    # kills: memory counted at a run's start; no row where extras/ is absent; a status of its own; a
+    # row over 100 columns; two columns exchanged; a row's total of another phase
+    argv = ("--threads", 1, "--device", "cpu", "--max-len", 16, "--eval-batch", 64)
     status, table, err = cli(*argv, "--plan")
     assert (status, err) == (0, "") and "  one process " in table
+    assert max(map(len, table.splitlines())) <= 100, table
     status, text, err = cli(*argv, "--plan", "--json")
-    assert all(type(n) is int for n in json.loads(text)["memory_bytes"].values())
+    counts = json.loads(text)["memory_bytes"]
+    assert all(type(n) is int for n in counts.values())
+    for side in ("server", "client"):
+        row, = re.findall(rf"^    {side} (.*)$", table, re.M)
+        whole, *parts = map(in_bytes, re.findall(r"\S+ [KM]iB|0(?!\S)", row))
+        named = ("weights", "activations", "optimizer", "temporaries")
+        for n, shown in zip([counts[f"{side}_{name}"] for name in named], parts, strict=True):
+            assert abs(n - shown) <= 0.05 * 2**20, (row, counts)
+        assert abs(whole - sum(parts)) <= 5 * 0.05 * 2**20, row
     assert cli(*argv, "--plan", "--device", "nonsense")[0] == 2
     with folder() as path:
         for name in ("model", "lora", "fedbiot", "data", "eval", "train"):

@@ -99,9 +99,20 @@ def no_network():
     urllib.request.urlopen = urlopen
 
 
+def lines_of_a_client(text: str, m: int, examples: int) -> list[float]:
+    """The losses that a client rank printed: of a run of two rounds all its lines, in columns."""
+    joined, *rounds = text.splitlines()
+    assert joined == f"client {m} | joined  | {examples} examples, waits for the server", text
+    found = [re.fullmatch(rf"client {m} \| round {t} \| loss (\d+\.\d{{3}}) \| \d+ s", line)
+             for t, line in enumerate(rounds, 1)]
+    assert all(found), text
+    return [float(line[1]) for line in found]
+
+
 def test_every_client_may_have_data_of_its_own():
     # kills: a rank's shard by another number; equal weights for unequal shards; the server asks for
-    # training data; data that changed is resumed with; which rank failed is not said
+    # training data; data that changed is resumed with; which rank failed is not said; a client
+    # rank is silent, numbers clients or rounds by another start, prints another's loss
     with folder() as path, fast_scores():
         flags = small_run(path, *WEIGHTS) + ["--rounds", 2]
         (path / "data" / "gsm8k" / "train.jsonl").unlink()
@@ -118,6 +129,10 @@ def test_every_client_may_have_data_of_its_own():
         statuses, texts = four("four")
         assert statuses == [0] * 4, texts
         assert_same_run(path / "one", path / "four")
+        losses = [lines_of_a_client(texts[m + 1], m, size) for m, size in enumerate((5, 17, 9))]
+        for row, *each in zip(read_log(path / "four"), *losses, strict=True):
+            mean = (5 * each[0] + 17 * each[1] + 9 * each[2]) / 31
+            assert abs(float(row["client_loss"]) - mean) < 0.001, (row, each)
 
         (path / "four" / "summary.json").unlink()
         (path / "none").mkdir()
@@ -479,7 +494,8 @@ with fast_scores():
 
 
 def test_torchrun_restarts_a_killed_client_from_the_last_round():
-    # kills: a restart refuses the folder that exists; starts at round 0; loses a row
+    # kills: a restart refuses the folder that exists; starts at round 0; loses a row; a
+    # client counts its rounds anew
     with folder() as path, fast_scores():
         free_port()
         flags = small_run(path, *WEIGHTS) + ["--rounds", "2", "--own-data", "--out"]
@@ -491,6 +507,6 @@ def test_torchrun_restarts_a_killed_client_from_the_last_round():
                 "2", "--max-restarts", "2", path / "dies.py", *flags, path / "two"]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
-        for line in ("round 1 |", "round 2 |"):
-            assert done.stdout.count(line) == 1, done.stdout
+        for line in ("round 1 |", "round 2 |", "client 0 | round 1 |", "client 0 | round 2 |"):
+            assert len(re.findall(f"^{re.escape(line)}", done.stdout, re.M)) == 1, done.stdout
         assert_same_run(path / "one", path / "two")
