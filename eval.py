@@ -209,10 +209,10 @@ def models_of_run(folder: Path, device, dtype) -> tuple[dict, object, object]:
 @dataclass(frozen=True)
 class Command(EvalConfig):
     """Every flag of eval.py."""
-    eval_limit: int = option(0, "first N test examples, as --eval-limit", flags=["--limit"])
-    eval_batch: int = option(0, "sequences at a time, as --eval-batch", flags=["--batch-size"])
+    eval_limit: int = option(0, "first N test examples", flags=["--limit", "--eval-limit"])
+    eval_batch: int = option(0, "sequences at a time", flags=["--batch-size", "--eval-batch"])
     run: str | None = option(None, "run folder of train.py")
-    model: str = option("adapfu", "which of the run's models")
+    model: str | None = option(None, "which of the run's models; default the last: adapfu")
     prompt: str | None = option(None, "print the greedy completion of this raw text")
     predictions: str | None = option(None, "score this JSONL file instead of a model")
     export: str | None = option(None, "write the model to this new folder")
@@ -264,9 +264,10 @@ def main(argv=None) -> int:
         suggested |= {name: BUNDLED[name] for name in ("shots", "samples")}
     if args.run:
         models, tokenizer, cfg = models_of_run(Path(args.run), device, dtype)
-        if args.model not in models:
-            raise UserError(f"--model {args.model}: a {cfg.method} run has {', '.join(models)}")
-        lm = models[args.model]
+        name = args.model or [*models][-1]
+        if name not in models:
+            raise UserError(f"--model {name}: a {cfg.method} run has {', '.join(models)}")
+        lm = models[name]
         suggested = {f.name: getattr(cfg, f.name) for f in fields(EvalConfig)
                      if f.name not in ("eval_limit", "validate", "save_predictions")}
     args = Command(**suggested | given)

@@ -50,8 +50,7 @@ class RunConfig(EvalConfig, Config):
     preset: str = option("paper", "the paper's settings, or its authors'", choices=tuple(PRESETS))
     clients: int = option(3, "number of clients; default of rosetta 9, of dolly 8", least=1)
     own_data: bool = option(False, "torchrun: every client rank has its own --data-dir")
-    max_len: int = option(512, "longest training sequence; other tasks 1024, bundled 256",
-                          least=2)
+    max_len: int = option(512, "longest training sequence; other tasks 1024, bundled 256", least=2)
     strip_annotations: bool = option(False, "take GSM8K's <<48/2=24>> out of training answers")
     eval_every: int = option(0, "rounds between evaluations (0: at the end)")
     out: str | None = option(None, "run folder; default runs/<task>-<method>-…")
