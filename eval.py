@@ -58,7 +58,7 @@ def kind_of(f) -> type:
     return next(k for k in (bool, int, float, str) if k.__name__ in str(f.type))
 
 def checked(config: type, values: dict):
-    """A configuration, its values of their fields' types, choices, ranges; else UserError."""
+    """A configuration of valid types, choices and ranges; else UserError."""
     known = {f.name: f for f in fields(config)}
     for name, value in values.items():
         if name not in known:
@@ -193,7 +193,7 @@ def restore(server, state: dict, folder: Path):
     """Puts what `folder` holds of a run into its server."""
     if server.emulator:
         state = state | {"emulator": read_saved(folder / "emulator.pt")}
-    with expecting("what a run of this configuration learnt", folder):
+    with expecting("what a run of this configuration and this code learnt", folder):
         server.load_state_dict(state)
 
 def models_of_run(folder: Path, device, dtype) -> tuple[dict, object, object]:
@@ -232,10 +232,11 @@ def main_guard(main):
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # of stdout: every file's is a UserError by now
-        os.write(2, f"error: the output cannot be written: {error.strerror}\n".encode())
+        if not isinstance(error, BrokenPipeError):  # `| head`
+            os.write(2, f"error: the output cannot be written: {error.strerror}\n".encode())
         os._exit(2)  # without a second attempt to write it
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C; --resume goes on with a run", file=sys.stderr)
+        print("stopped by Ctrl-C; --resume goes on after a run's last round", file=sys.stderr)
         sys.exit(130)
 
 def complete(lm: LM, tokenizer, args: Command) -> str:
@@ -257,8 +258,7 @@ def main(argv=None) -> int:
         raise UserError(f"--task: expected one of {', '.join(TASKS)} (or --prompt, --run, …)")
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     device = pick_device(args.device)
-    as_stored = args.export and args.dtype == "auto"
-    dtype = None if as_stored else pick_dtype(args.dtype, device)
+    dtype = None if args.export and args.dtype == "auto" else pick_dtype(args.dtype, device)
     suggested = {"task": "gsm8k", "ckpt": str(BUNDLED_CKPT), "data_dir": str(BUNDLED_DATA)}
     if not args.ckpt:
         suggested |= {name: BUNDLED[name] for name in ("shots", "samples")}

@@ -39,7 +39,7 @@ def option(default, text, **extra):
 @dataclass(frozen=True)
 class Config:
     """What the algorithm needs to know. train.py makes flags of it."""
-    dropout: float = option(0.2, "share of layers below the adapter to drop (beta)")
+    dropout: float = option(0.2, "share of layers below the adapter to drop (beta)", most=1)
     adapter: int = option(2, "layers of the adapter (s)")
     rounds: int = option(500, "communication rounds (R); bundled model 5", least=1)
     local_steps: int = option(30, "steps of a client in a round (K)", least=1)
@@ -121,7 +121,7 @@ def kl_rows(t: Tensor, delta: Tensor, careful: bool) -> tuple[Tensor, Tensor]:
     and p_s - p_t.
     Close softmaxes lose their digits when subtracted. With c = lse_s - lse_t, log p_s - log p_t
     is delta - c, so p_s - p_t = (p_s + p_t) tanh((delta - c) / 2) keeps them. A row should sum
-    to 0; what it sums to is the rounding error of c, which is taken out."""
+    to 0; its sum, `excess`, is the rounding error of c, which both results lose."""
     t -= t.amax(-1, keepdim=True)
     s = t + delta
     top = s.amax(-1, keepdim=True)
@@ -186,7 +186,7 @@ def linear_kl(h_student: Tensor, h_teacher: Tensor, W: Tensor, weights: Tensor) 
     return FusedLoss.apply(h_student, W, weights, chunk_loss)
 
 def proximal(pairs, scale: float) -> Tensor:
-    """Eq. 6: sum over (B, A, B0, A0) of ||scale (B A - B0 A0)||^2, a scalar, fp32.
+    """Eq. 6: sum over (B, A, B0, A0) of ||scale (B A - B0 A0)||^2 (W cancels), a scalar, fp32.
     B (d_out, r), A (r, d_in). BA - B0A0 = [B - B0, B0] [A; A - A0] = L R, and ||L R||^2 is the
     sum of (L^T L) * (R R^T): no d x d matrix, and exact where BA - B0A0 rounds to 0 in fp32."""
     total = 0.0
@@ -237,7 +237,7 @@ class Server:
     def __init__(self, full: LM, public, cfg):
         self.full, self.public, self.cfg, self.measured = full, public, cfg, {}
         self.kept, self.adapter = self.split(full.config.n_layers, cfg)
-        self.cut = self.adapter[-cfg.adapter]  # the first layer on top of E
+        self.cut = self.adapter[-cfg.adapter]  # first layer above E
         compressed = full.with_layers({i: full.layers[str(i)] for i in self.kept + self.adapter})
         rng = generator(cfg.seed, 0, SERVER)
         self.student = add_lora(compressed, cfg.rank, cfg.alpha, rng).requires_grad_(False)
@@ -271,7 +271,7 @@ class Server:
 
     def broadcast(self, t: int) -> Payload:
         """Lines 3-7: re-align E with E*, then send the LoRA of E and A.
-        PAPER SILENT: Algorithm 2 aligns E steps in every round, the text 500 once and E between
+        PAPER SILENT: Algorithm 2 aligns in every round, the text 500 steps once and 10 between
         rounds. So: align_init before the first, align_steps before each other."""
         init = self.cfg.align_init if self.cfg.align_init_on == "lora" else 0
         self.align(t, self.cfg.align_steps if t else init)
@@ -291,7 +291,7 @@ class Server:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda k: min((k + 1) / warm_up, (steps - k) / max(steps - warm_up, 1)))
         for p in (*self.emulated.values(), *weights):
-            p.requires_grad_(not p.requires_grad)
+            p.requires_grad_(not p.requires_grad)  # LoRA off, weights on, until `freeze`
         self.descend(0, steps, optimizer, schedule)
         self.freeze(detached(self.emulator))
 
@@ -311,7 +311,7 @@ class Server:
         """`steps` steps of `optimizer` on the alignment's losses on the public data."""
         cfg, losses, device = self.cfg, [], self.full.output.weight.device
         key = cfg.seed, t, SERVER
-        batches = self.public.batches(steps, cfg.batch_size, key) if steps else ()
+        batches = self.public.batches(steps, cfg.batch_size, key) if steps else ()  # line 4
         for batch in tqdm(batches, "align", steps, leave=False, disable=None):
             terms = self.alignment_losses(batch.to(device))
             optimizer.zero_grad()
@@ -355,8 +355,8 @@ class Server:
         return detached(self.tuned)
 
     def aggregate(self, t: int, uploads: list[Payload], weights: list[float]) -> dict[str, float]:
-        """Eq. 11, line 16: A <- sum_m p_m A_m, p_m = |D_m| / |D| over those who took part. A and B
-        are averaged apart; mean(B) mean(A) is not mean(B A).  ABLATE: aggregation
+        """Eq. 11, line 16: A <- sum_m p_m A_m, p_m = |D_m| / |D| over those who took part. lora_A
+        and lora_B are averaged apart; their mean product is another.  ABLATE: aggregation
         Returns what the server has measured since the last call, for the log."""
         total = sum(weights)
         for name, p in self.tuned.items():
@@ -486,7 +486,7 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
     finite = [norm for norm in norms.values() if math.isfinite(norm)]
     usual = median_low(finite or [0.0])  # of two, the smaller
     count = sum(like.numel() for like in expected.values() if like.is_floating_point())
-    bound = cfg.max_update_norm * max(1, 16 / count)**2  # a few numbers' norm varies a lot
+    bound = cfg.max_update_norm * max(1, 16 / count)**2  # few numbers' norm varies
     for m, norm in norms.items():
         if not math.isfinite(norm):
             reasons[m] = "not all of its numbers are finite; try a smaller --lr"
@@ -502,7 +502,7 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
 
 def federate(server, client, shards, cfg, wire, first_round: int = 0):
     """Algorithm 2: one record a round, for any Server and Client of the protocol. `bootstrap`,
-    with Eq. 5, comes before; a resumed run begins at `first_round`."""
+    with Eq. 5, train.py calls before; a resumed run begins at `first_round`."""
     for t in range(first_round, cfg.rounds):
         start = time.perf_counter()
         payload = server.broadcast(t)  # lines 3-7: align E, send A and E

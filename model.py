@@ -38,7 +38,7 @@ def expecting(what: str, where):
     try:
         yield
     except Exception as error:  # a damaged file raises nearly anything
-        text = str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)
+        text = repr(error) if isinstance(error, LookupError) else str(error) or repr(error)
         text = getattr(error, "strerror", None) or " ".join(text.split())
         if isinstance(error, UserError) and text.startswith(str(where)):
             raise
@@ -366,7 +366,7 @@ def weight_files(folder: Path) -> list[tuple[Path, int]]:
     if any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*")):
         files += [(path, 1) for path in room("extras.huggingface").weight_files(folder)]
     if not files:
-        raise UserError(f"{folder}: found no consolidated.00.pth, *.safetensors or model*.bin")
+        raise UserError(f"{folder}: expected weights (.pth, .safetensors, .bin), found none")
     return files
 
 def named_tensors(path: Path, config: ModelConfig):

@@ -82,7 +82,7 @@ def parse(argv=None) -> RunConfig:
     return cfg
 
 def resolve(given: dict) -> RunConfig:
-    """The configuration: what the checkpoint suggests, then the preset, then the flags given."""
+    """What the checkpoint suggests, then the preset's values, then the flags given."""
     bundled, task = given.get("ckpt") is None, TASKS[given.get("task", "gsm8k")]
     method, world = given.get("method", "fedbiot"), int(os.environ.get("WORLD_SIZE", 1))
     values = {"ckpt": str(BUNDLED_CKPT), "data_dir": str(BUNDLED_DATA),
@@ -94,11 +94,10 @@ def resolve(given: dict) -> RunConfig:
     values["threads"] = values.get("threads") or max(cores // processes, 1)
     cfg = checked(config_of(method), values)
     if cfg.clients_per_round > cfg.clients:
-        raise UserError(f"--clients-per-round {cfg.clients_per_round}: expected at most the "
-                        f"{cfg.clients} clients of the run")
+        raise UserError(f"--clients-per-round {cfg.clients_per_round}: expected at most --clients "
+                        f"{cfg.clients}")
     if cfg.validate and (cfg.task != "gsm8k" or cfg.own_data):
-        raise UserError(f"--validate {cfg.validate}: scores rows of gsm8k's training file, and "
-                        f"is not for another --task or --own-data")
+        raise UserError(f"--validate {cfg.validate}: is for gsm8k, without --own-data")
     if method == "offsite" and cfg.clients != 1:
         raise UserError(f"--clients {cfg.clients}: offsite has one client; fedot has several")
     if cfg.own_data and cfg.clients != world - 1:
@@ -113,7 +112,7 @@ def as_json(cfg) -> dict:
 # ---- plan ---------------------------------------------------------------------------------------
 def plan(config: ModelConfig, cfg: RunConfig) -> dict:
     """Layers, trainable parameters, MB a client a round (down + up), GMAC a token (Table 5), all
-    counted on the meta device, from the objects that a run builds."""
+    counted on "meta" from the objects of a run."""
     config = config if config.vocab_size > 0 else replace(config, vocab_size=32000)  # LLaMA's
     full = load_weights(cfg.ckpt, config, device="meta")
     method = method_of(cfg.method)
@@ -266,12 +265,12 @@ def print_summary(summary: dict):
         print(f"{name:10} {m['accuracy']:9.1%}   {m['correct']} of {m['total']}")
     print(f"\na client, a round: {megabytes(summary['bytes_down_per_client_round'])} down, "
           f"{megabytes(summary['bytes_up_per_client_round'])} up; "
-          f"once: {megabytes(summary['bootstrap_bytes'])}; "
+          f"before round 1: {megabytes(summary['bootstrap_bytes'])}; "
           f"{summary['trainable_params']:,} trainable parameters; {summary['seconds']:.0f} s")
 
 # ---- main ---------------------------------------------------------------------------------------
 class Run:
-    """A run folder and what it has so far: logs, saves and evaluates, round by round."""
+    """A run folder: logs, saves and evaluates, round by round."""
     def __init__(self, folder: Path, cfg: RunConfig, server, tokenizer, state: dict, start: float):
         self.folder, self.cfg, self.server, self.tokenizer = folder, cfg, server, tokenizer
         self.state, self.rows = state, state["rows"]
@@ -348,10 +347,14 @@ def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
                              cfg.seed, cfg.validate, cfg.strip_annotations)
         known["training data"] = digest_of(shards[0].examples)
     state = load_state(folder, known)
+    if (folder / "summary.json").is_file():
+        print(f"{folder}: this run is finished", file=sys.stderr)
+        return
     full = load_weights(cfg.ckpt, replace(config, vocab_size=tokenizer.vocab_size),
                         dtype=pick_dtype(cfg.dtype, device), device=device)
     since = f", from round {len(state['rows']) + 1} on" if state else ""
-    print_plan(costs, config, cfg, {"run": f"{folder}{since}\n"})
+    where = {"run": f"{folder}{since}\n"}
+    print_plan(costs, config, cfg, where)
     server = method.Server(full, public, cfg)
     if state:
         restore(server, state["server"], folder)
@@ -383,11 +386,8 @@ def run(argv=None, processes=None) -> int:
     if processes and processes.rank:
         processes.serve(cfg, device)  # a client's process, until the end
     folder = choose_folder(cfg, restarted=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
-    if (folder / "summary.json").is_file():
-        print(f"{folder}: this run is finished", file=sys.stderr)
-    else:
-        with locked(folder):
-            serve(cfg, folder, costs, device, processes)
+    with locked(folder):
+        serve(cfg, folder, costs, device, processes)
     return 0
 
 def main(argv=None) -> int:

@@ -557,12 +557,14 @@ def test_a_stopped_run_resumes_bit_for_bit():
 
 
 def test_resume_of_a_finished_run_and_of_none():
-    # kills: a finished run begun anew; a run that is not there refused
+    # kills: a finished run begun anew; a run that is not there refused; other flags than a finished
+    # run's passed over
     with folder() as path, fast_scores():
         flags, run = small_run(path), path / "run"
         assert cli(*flags, "--out", run, "--resume")[0] == 0, "not there: from round 0"
         before = {p.name: p.read_bytes() for p in run.iterdir()}
         one_line(cli(*flags, "--out", run, "--resume"), "finished", status=0)
+        one_line(cli(*flags, "--out", run, "--resume", "--seed", 7), "--seed", "--out")
         assert before == {p.name: p.read_bytes() for p in run.iterdir()}
 
 
