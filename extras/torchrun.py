@@ -343,6 +343,8 @@ def main(run, argv=None) -> int:
             if processes.rank and isinstance(error, UserError):
                 raise UserError(f"rank {processes.rank}: {error}") from None
             raise
+        if status and "--own-data" in (argv or sys.argv):   # each rank has a terminal of its own
+            print("ended: another rank has stopped, and its terminal says why", file=sys.stderr)
         sys.exit(status)                                    # another rank has said why
     processes.end(status)
     return status

@@ -112,7 +112,8 @@ def lines_of_a_client(text: str, m: int, examples: int) -> list[float]:
 def test_every_client_may_have_data_of_its_own():
     # kills: a rank's shard by another number; equal weights for unequal shards; the server asks for
     # training data; data that changed is resumed with; which rank failed is not said; a client
-    # rank is silent, numbers clients or rounds by another start, prints another's loss
+    # rank is silent, numbers clients or rounds by another start, prints another's loss; the ranks
+    # that are ended by another's error say nothing
     with folder() as path, fast_scores():
         flags = small_run(path, *WEIGHTS) + ["--rounds", 2]
         (path / "data" / "gsm8k" / "train.jsonl").unlink()
@@ -145,6 +146,7 @@ def test_every_client_may_have_data_of_its_own():
             statuses, texts = four("four" if "--resume" in more else "bad", *more, folders=folders)
             error, = errors_in(texts)
             assert statuses == [2] * 4 and all(word in error for word in words), texts
+            assert sum("its terminal says why" in text for text in texts) == 3, texts
             assert not (path / "bad").exists()
         one_line(cli(*flags, "--own-data", "--out", path / "alone"), "--own-data", "torchrun")
     with patch.dict(os.environ, WORLD_SIZE="4", LOCAL_WORLD_SIZE="4"):
