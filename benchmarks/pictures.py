@@ -113,7 +113,7 @@ def place_label(axis, x: float, y: float, text: str, colour: str, taken: list, r
 def draw_bytes(rows: list[dict], path: Path, plt):
     from matplotlib.transforms import Bbox
     rows = [row for row in rows if row.get("adapfu")]
-    figure, axis = plt.subplots(figsize=(9, 4.2))
+    figure, axis = plt.subplots(figsize=(9, 6.2))
     shown = sorted({row["dropout"] for row in rows} - {"–"})
     marks = dict(zip(shown, MARKS))
     if any(row["dropout"] == "–" for row in rows):
