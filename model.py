@@ -13,8 +13,8 @@ import stat
 import sys
 import tempfile
 import zipfile
-from collections import defaultdict
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -385,38 +385,40 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
     """An LM from a folder's weights, frozen, with `layer_ids` (default: all) of its layers.
     Strict: every tensor of the architecture, in its shape, and nothing else; what stands twice
     (in two files, or as a tied head) must be equal; else UserError. `dtype` None: as stored.
-    One shard is mapped at a time, copied tensor by tensor. Device "meta": nothing is read."""
+    Shards are mapped one at a time. Device "meta": nothing is read."""
     with torch.device("meta"):
         lm, part = LM.empty(config), LM.empty(config, layer_ids)
     if torch.device(device).type == "meta":
         return part.to(dtype).requires_grad_(False)
-    kept, known = part.state_dict().keys(), lm.state_dict().keys()
-    state, parts = {}, defaultdict(list)
+    kept, known = part.state_dict().keys(), lm.state_dict()
+    state, parts = {}, {}
     for path, shards in weight_files(Path(folder)):
         for name, tensor in named_tensors(path, config):
             if name not in known or not tensor.is_floating_point() or tensor.itemsize < 2:
                 raise UserError(f"{path}: surplus tensor {name:.80} of {tensor.dtype}, not of a "
                                 f"LLaMA of {config.n_layers} layers")
-            place = device if name in kept else "meta"
-            parts[name].append(tensor.to(place, dtype or tensor.dtype, copy=True))
-            if tensor.dim() == 2 and len(parts[name]) < shards:  # a norm is whole in each shard
-                continue
             axis = 1 if name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight")) else 0
-            with expecting("shards that fit together", f"{path}: {name:.80}"):
-                whole = torch.cat(parts[name], axis) if parts[name][1:] else parts[name][0]
+            if name not in parts:  # a norm is whole in each shard
+                whole = torch.empty(known[name].shape, dtype=dtype or tensor.dtype,
+                                    device=device if name in kept else "meta")
+                parts[name] = whole, [*whole.chunk(shards if whole.dim() == 2 else 1, axis)]
+            whole, (view, *rest) = parts[name]
+            with expecting(f"{[*view.shape]}, with all shards ({shards})", f"{path}: {name:.80}"):
+                assert view.shape == tensor.shape, [*tensor.shape]
+                view.copy_(tensor)
+            parts[name] = whole, rest
+            if rest:
+                continue
             key = "tok_embeddings.weight" if config.tied and name == "output.weight" else name
             first = state.setdefault(key, whole)
             if first is not whole and name in kept and not torch.equal(first.to(whole), whole):
-                raise UserError(f"{path}: {name} has other numbers than {key} before; "
-                                f"remove one of the two files")
+                raise UserError(f"{path}: {name}: other numbers than {key} had; remove one")
             del parts[name]
             lm.stored = tensor.dtype if name.endswith("wq.weight") else lm.stored
         tensor = None  # unmaps this shard before the next
     with expecting(f"all tensors of {config.n_layers} layers, from all shards", folder):
         lm.take(state)
-    if layer_ids is None:
-        return lm
-    return lm.with_layers({i: lm.layers[str(i)] for i in layer_ids})
+    return lm if layer_ids is None else lm.with_layers({i: lm.layers[str(i)] for i in layer_ids})
 
 def load(folder, layer_ids=None, dtype=torch.float32, device="cpu") -> tuple[LM, Tokenizer]:
     """The model and the tokenizer of a checkpoint folder, Meta's or Hugging Face's."""
@@ -477,8 +479,7 @@ def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos, batch_s
     eos = (eos,) if isinstance(eos, int) else tuple(eos)
     ends = eos if stop is None else (*eos, stop)
 
-    def pick(logits):  # (B, V) -> (B,)
-        return logits.argmax(-1)
+    pick = partial(torch.argmax, dim=-1)
     if temperature:
         pick = room("extras.sampling").sampler(temperature, top_k, top_p, generator)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

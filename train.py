@@ -353,8 +353,7 @@ def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
     full = load_weights(cfg.ckpt, replace(config, vocab_size=tokenizer.vocab_size),
                         dtype=pick_dtype(cfg.dtype, device), device=device)
     since = f", from round {len(state['rows']) + 1} on" if state else ""
-    where = {"run": f"{folder}{since}\n"}
-    print_plan(costs, config, cfg, where)
+    print_plan(costs, config, cfg, {"run": f"{folder}{since}\n"})
     server = method.Server(full, public, cfg)
     if state:
         restore(server, state["server"], folder)

@@ -316,11 +316,11 @@ def test_damaged_checkpoints_are_refused_by_name():
         (edited(lambda s: s.update({first: s[first].to_sparse()})), first, "plain tensors"),
         (edited(lambda s: s.clear()), "Missing"),
         (edited(lambda s: s.update({"output.weight": s["output.weight"][:96]})), "output.weight"),
-        (half, "[96, 24]", "all shards"),
+        (half, "[96, 24]", "all shards (1)"),
         (rewritten("consolidated.00.pth", {"w": Evil()}), "consolidated.00.pth"),
         (rewritten("consolidated.00.pth", [torch.ones(2)]), "dict", "list"),
         (rewritten("consolidated.00.pth", {first: "text"}), "dict of plain tensors"),
-        (rewritten("consolidated.02.pth", {}), "Missing", "all shards"),
+        (rewritten("consolidated.02.pth", {}), "all shards (2)"),
         (lambda path: meta_folder(path, lm).joinpath("consolidated.00.pth").rename(path / "x.gguf"),
          "found no", "pth")]
     for make, *words in cases:
@@ -335,8 +335,8 @@ def test_shards_that_do_not_make_a_whole_tensor_are_refused():
     # kills: n // parts without the remainder (the last row would be left uninitialised)
     def changed(state, part):
         state["output.weight"] = change(state["output.weight"], part).clone()
-    for change, word in ((lambda t, part: t[:48], "[96, 48]"),
-                         (lambda t, part: t[:, :48 - part], "fit together")):
+    for change, word in ((lambda t, part: t[:48], "[48, 48]"),
+                         (lambda t, part: t[:, :48 - part], "all shards")):
         with folder() as path:
             meta_folder(path, tiny_lm(), 2, edit=changed)
             refused(lambda: read(path), "output.weight", word)
