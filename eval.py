@@ -82,7 +82,7 @@ def checked(config: type, values: dict):
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What a model and its evaluation depend on, in eval.py and train.py. None: depends."""
+    """What a model and its evaluation depend on. None: see the help."""
     task: str | None = option(None, "which task; default that of --run", choices=tuple(TASKS))
     ckpt: str | None = option(None, "folder of the model, Meta's or Hugging Face's")
     data_dir: str | None = option(None, "folder of the data files; default the bundled")

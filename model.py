@@ -472,9 +472,9 @@ def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos, batch_s
              temperature=0.0, top_k=0, top_p=1.0, generator=None, stop: int | None = None,
              progress: str | None = None) -> list[list[int]]:
     """New token ids of each prompt, without `eos` (an id or several), in the prompts' order.
-    Greedy at temperature 0, else sampled with `generator` (on the model's device). Batches are
-    of similar lengths, for little padding; batch_size 0: up to 64 whose caches take
-    CACHE_BYTES. A text also ends behind the piece `stop`; `progress` names a progress bar."""
+    Greedy at temperature 0, else sampled with `generator` (on the model's device). Batches
+    have similar lengths; batch_size 0: up to 64 prompts whose caches take CACHE_BYTES.
+    A text also ends behind the piece `stop`; `progress` names a progress bar."""
     assert all(prompts), "generate: an empty prompt; begin with BOS"
     eos = (eos,) if isinstance(eos, int) else tuple(eos)
     ends = eos if stop is None else (*eos, stop)

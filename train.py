@@ -240,7 +240,7 @@ def load_state(folder: Path, now: dict[str, str]) -> dict | None:
     return state
 
 def depends_on(cfg: RunConfig) -> dict[str, str]:
-    """Flags, and fingerprints of test files and checkpoint, read before the first step."""
+    """Flags, and fingerprints of test files and checkpoint."""
     tests = {path.name: fingerprint(path) for path in room(TASKS[cfg.task].module).prepare(cfg)}
     flags = {flag(name): value for name, value in as_json(cfg).items() if name not in FREE}
     return flags | tests | checkpoints(cfg)
