@@ -165,8 +165,8 @@ class ModelConfig:
             return room("extras.huggingface").read_config(Path(folder))
         path = Path(folder) / "params.json"
         if not os.path.lexists(path):
-            raise UserError(f"{folder}: expected a folder with a LLaMA's params.json (Meta) or "
-                            f"config.json (Hugging Face), found neither")
+            found = "neither" if os.path.isdir(folder) else "no folder"
+            raise UserError(f"{folder}: expected params.json (Meta) or config.json, found {found}")
         with expecting("the architecture of a LLaMA", path):
             return cls.from_params(read_json(path))
 
