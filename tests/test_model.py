@@ -285,6 +285,26 @@ def test_old_params_take_the_vocabulary_from_the_tokenizer():
             refused(lambda: model.load(path), "1024", size, "tokenizer", "pad token")
 
 
+def test_an_error_says_expected_and_found_once():
+    # kills: a line about a file wrapped into a second one; a folder that is not there taken for one
+    # without a configuration
+    with folder() as path:
+        for make, *words in (
+                (lambda: (path / "params.json").write_text("{"), "params.json", "JSON"),
+                (lambda: meta_folder(path, tiny_lm()), "tokenizer.model", "one folder up"),
+                (lambda: (path / "tokenizer.model").write_text("x"), "tokenizer.model", "piece")):
+            make()
+            try:
+                model.load(path)
+            except model.UserError as error:
+                text = str(error)
+            assert [text.count(word) for word in ("expected", "found")] == [1, 1], text
+            assert all(word in text for word in words), text
+        refused(lambda: ModelConfig.read(path / "nowhere"), "found no folder")
+        (path / "empty").mkdir()
+        refused(lambda: ModelConfig.read(path / "empty"), "found neither")
+
+
 def test_damaged_checkpoints_are_refused_by_name():
     # kills: missing or surplus let through; half a set taken for whole; anything but a dict read;
     # 8-bit numbers, which mean nothing without their scales, taken for weights
