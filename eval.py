@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(*flags, dest=f.name, help=text.replace("%", "%%"), **how)
 
     def error(self, message):
-        raise UserError(message)
+        raise UserError(f"{message}; see --help")
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
