@@ -485,7 +485,7 @@ def test_a_door_to_a_room_that_is_not_there_is_one_line():
               ("eval", ["--export", "out"], {}, "extras"),
               ("eval", ["--task", "dolly"], {}, "tasks"),
               ("eval", ["--task", "gsm8k", "--predictions", "p.jsonl"], {}, "tasks"),
-              ("train", ["--no-such-flag"], {}, "--no-such-flag; see --help\n")]    # a slip needs no room
+              ("train", ["--no-such-flag"], {}, "--no-such-flag; see --help\n")]  # needs no room
     with folder() as path:
         alone(path)
         (path / "hf").mkdir()
