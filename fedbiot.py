@@ -355,8 +355,8 @@ class Server:
         return detached(self.tuned)
 
     def aggregate(self, t: int, uploads: list[Payload], weights: list[float]) -> dict[str, float]:
-        """Eq. 11, line 16: A <- sum_m p_m A_m, p_m = |D_m| / |D| over those who took part. lora_A
-        and lora_B are averaged apart; their mean product is another.  ABLATE: aggregation
+        """Eq. 11, line 16: A <- sum_m p_m A_m, p_m = |D_m| / |D| over those who took part. lora_B
+        and lora_A apart: mean(B) mean(A) is not mean(B A).  ABLATE: aggregation
         Returns what the server has measured since the last call, for the log."""
         total = sum(weights)
         for name, p in self.tuned.items():
@@ -486,7 +486,7 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
     finite = [norm for norm in norms.values() if math.isfinite(norm)]
     usual = median_low(finite or [0.0])  # of two, the smaller
     count = sum(like.numel() for like in expected.values() if like.is_floating_point())
-    bound = cfg.max_update_norm * max(1, 16 / count)**2  # few numbers' norm varies
+    bound = cfg.max_update_norm * max(1, 16 / count)**2  # a norm of few numbers varies
     for m, norm in norms.items():
         if not math.isfinite(norm):
             reasons[m] = "not all of its numbers are finite; try a smaller --lr"

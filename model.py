@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 class UserError(ValueError):
-    """A user's mistake in one line: what was expected, was found, can be tried."""
+    """A user's mistake in one line: what was expected, what was found, what to try."""
 def room(name: str):
     """A module of a folder beside the core files, which a fork may have deleted."""
     try:
@@ -478,15 +478,14 @@ def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos, batch_s
     assert all(prompts), "generate: an empty prompt; begin with BOS"
     eos = (eos,) if isinstance(eos, int) else tuple(eos)
     ends = eos if stop is None else (*eos, stop)
-
     pick = partial(torch.argmax, dim=-1)
     if temperature:
         pick = room("extras.sampling").sampler(temperature, top_k, top_p, generator)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     slot = sum(cache.nbytes for cache in lm.caches(1, 1))  # bytes of a token's cache
     outputs, most = [None] * len(prompts), batch_size or 64
-    hidden = None if progress else True  # None: where stderr is no terminal
-    bar = tqdm(total=len(prompts), desc=progress, disable=hidden, leave=False)
+    silent = None if progress else True  # None: where stderr is no terminal
+    bar = tqdm(total=len(prompts), desc=progress, disable=silent, leave=False)
     while order:
         batch = order[:most]
         while not batch_size and len(batch) > 1 and CACHE_BYTES < (

@@ -133,6 +133,7 @@ def print_plan(p: dict, c: ModelConfig, cfg: RunConfig, more: dict[str, str]):
     row("model", f"{c.n_layers} layers x {c.dim}, {ckpt}")
     for name in ("kept (emulator)", "dropped", "adapter"):
         if layers := p[f"{name.split()[0]}_layers"]:
+            name = name if p["kept_layers"] else "tuned layers"
             row(name, f"{len(layers):3d}   {' '.join(map(str, layers))}")
     row("trainable", f"{p['trainable_params']:,} parameters")
     row("communication", f"{megabytes(p['comm_mb_per_round'] * 1e6)} a client a round, down + up")
