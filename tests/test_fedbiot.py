@@ -6,6 +6,7 @@ from fractions import Fraction
 from unittest.mock import patch
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fedbiot
 import lora
@@ -163,6 +164,26 @@ def test_losses_differentiate_like_any_other_loss():
     with torch.no_grad():
         assert off(both_losses(h, h_t, W, y, w), loss.detach() / 3) < 1e-6
     assert not both_losses(h.detach(), h_t.detach(), W, y, w).requires_grad
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.mm.default
+        return function(*args, **kwargs or {})
+
+
+def test_losses_make_no_gradient_that_nobody_asked_for():
+    # kills: a gradient made whether or not h needs one; made again in backward
+    h, h_t, W, y, w = loss_case(torch.float32)
+    for need, expected in ((False, 1 + 2), (True, 2 + 3)):
+        with Products() as products:
+            loss = both_losses(h.requires_grad_(need), h_t, W, y, w)
+            if need:
+                loss.backward()
+        assert products.count == expected, (need, products.count)
 
 
 def test_losses_compile_into_one_graph():
