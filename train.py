@@ -129,7 +129,7 @@ def print_plan(p: dict, c: ModelConfig, cfg: RunConfig, more: dict[str, str]):
     def row(name, text):
         print(f"{name:16}  {text}", flush=True)
     ckpt = min(cfg.ckpt, os.path.relpath(cfg.ckpt), key=len)
-    row("method", f"{cfg.method}, {cfg.task}, {cfg.clients} clients, {cfg.rounds} rounds")
+    row("method", f"{cfg.method}, {cfg.task}, clients: {cfg.clients}, rounds: {cfg.rounds}")
     row("model", f"{c.n_layers} layers x {c.dim}, {ckpt}")
     for name in ("kept (emulator)", "dropped", "adapter"):
         if layers := p[f"{name.split()[0]}_layers"]:

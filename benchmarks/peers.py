@@ -44,10 +44,10 @@ def loss_of(peer: str, kind: str):
         from torchtune.modules import loss
         if kind == "ce":
             ce = loss.CEWithChunkedOutputLoss()
-            return lambda h, W, y, w: ce([c @ W.T for c in h.chunk(8)], y)
+            return lambda h, W, y, w: ce([c @ W.T for c in h.chunk(8)], y[None])
         kl = loss.ForwardKLWithChunkedOutputLoss()
         return lambda s, t, W, w: kl([c @ W.T for c in s.chunk(8)], [c @ W.T for c in t.chunk(8)],
-                                     torch.zeros(len(s), dtype=torch.int64, device=s.device))
+                                     torch.zeros(1, len(s), dtype=torch.int64, device=s.device))
     if peer == "liger" and kind == "kl":
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
         jsd = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.0, compiled=False)       # beta 0: forward KL
