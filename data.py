@@ -47,8 +47,7 @@ def read_rows(path: Path) -> list[dict]:
                 for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            found = type(row).__name__
-            raise UserError(f"{path}, row {i}: expected a JSON object, found {found}")
+            raise UserError(f"{path}, row {i}: expected an object, found {type(row).__name__}")
     if not rows:
         raise UserError(f"{path}: the file has no rows; expected at least one")
     return rows
@@ -99,7 +98,7 @@ def accuracy(predicted: list, gold: list) -> dict:
 
 # ---- examples -----------------------------------------------------------------------------------
 class Example(NamedTuple):
-    ids: list[int]  # BOS, prompt, answer, EOS
+    ids: np.ndarray | list  # BOS, prompt, answer, EOS
     answer: int  # ids[answer:] are the targets
     label: str = ""  # the row's
 
@@ -175,15 +174,15 @@ class Shard:
         return len(self.indices)
 
     def batches(self, steps: int, batch_size: int, key: tuple[int, ...]):
-        """`steps` batches, a function of `key` = (seed, round, client).
-        DIFFERS: Algorithm 2, line 4 draws at random. Here, as in the authors' code, in whole
-        passes. Within ten batches examples are sorted by length, for little padding."""
+        """`steps` batches, a function of `key` = (seed, round, client). Within ten batches
+        examples are sorted by length, for little padding."""
+        # DIFFERS: Algorithm 2, line 4 draws at random. Here, as in the authors' code, in whole
+        # passes; a batch in which two of them meet may hold an example twice.
         rng = np.random.default_rng(key)
         size = min(batch_size, len(self))
         passes = max(-(-steps * size // len(self)), 1)  # one also for no steps
-        drawn = np.concatenate([rng.permutation(len(self)) for _ in range(passes)])
-        drawn = drawn[:steps * size]
-        width = size * min(10, len(self) // size)  # at most a pass: no copies in a batch
+        drawn = np.concatenate([rng.permutation(len(self)) for _ in range(passes)])[:steps * size]
+        width = size * min(10, len(self) // size)  # at most a pass
         for window in np.split(drawn, range(width, len(drawn), width)):
             examples = [self.examples[self.indices[i]] for i in window]
             examples.sort(key=lambda e: len(e.ids))
@@ -213,6 +212,5 @@ def make_shards(task: str, data_dir, tokenizer, clients: int, max_len: int, seed
 def make_public(data_dir, tokenizer, max_len: int) -> Shard:
     """The server's public data: Alpaca's, for all tasks."""
     path = find_file(data_dir, "alpaca/alpaca_data.json")
-    texts = texts_of(read_rows(path), path, ("instruction", "input", "output"))
-    rows = [Row(*text) for text in texts]
+    rows = [Row(*t) for t in texts_of(read_rows(path), path, ("instruction", "input", "output"))]
     return Shard(make_examples(rows, tokenizer, max_len, "the public data"))

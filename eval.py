@@ -14,7 +14,7 @@ import argparse
 import json
 import re
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from decimal import Decimal
 from pathlib import Path
 
@@ -86,7 +86,7 @@ class EvalConfig:
     task: str | None = option(None, "which task; default that of --run", choices=tuple(TASKS))
     ckpt: str | None = option(None, "folder of the model, Meta's or Hugging Face's")
     data_dir: str | None = option(None, "folder of the data files; default the bundled")
-    eval_limit: int = option(0, "first N test examples, a language or scenario (0: all)")
+    eval_limit: int = option(0, "N test examples, a language or scenario (0: all)")
     eval_batch: int = option(0, "sequences at a time (0: what 4 GB of cache hold)")
     # PAPER SILENT: shots, samples, temperature, top-k and top-p are those of the authors' code.
     shots: int = option(8, "worked examples in a prompt; bundled model 0")
@@ -98,7 +98,7 @@ class EvalConfig:
     k: int = option(0, "the k of pass@k; 0: 1, and also 10 where there are 10 samples")
     run_code: bool = option(False, "run a model's programs, each in a sandbox")
     unsafe_no_sandbox: bool = option(False, "run them without one where none works")
-    save_predictions: str | None = option(None, "keep the programs in this file")
+    save_predictions: str | None = option(None, "keep the last model's programs there")
     validate: int = option(0, "GSM8K: keep back and score the last N training rows")
     seed: int = option(0, "seed of everything")
     device: str = option("auto", "cpu, cuda, cuda:1, …; auto: a GPU where there is one")
@@ -120,12 +120,11 @@ def pick_dtype(name: str, device) -> torch.dtype:
 # ---- GSM8K --------------------------------------------------------------------------------------
 # An answer is read as the paper's evaluation reads it (Appendix A, the authors' code): the first
 # number behind the first `The answer is`, or behind OpenAI's own `####`; without a marker the last
-# number of the text. lm-evaluation-harness takes `####` strictly, or the last number. In all three
-# the text ends where the model begins a next question of its own.
+# number of the text. A text ends where the model begins a next question of its own.
 
 NEXT_QUESTION = re.compile(r"\n[^\S\n]*(?:Q:|Question:|### Instruction:)")
 MARKER = re.compile(r"the answer is|####", re.IGNORECASE)
-GROUPED = "[0-9]{1,3}(?:[,\u00a0\u2009\u202f][0-9]{2,3})*[,\u00a0\u2009\u202f][0-9]{3}(?![0-9])"
+GROUPED = "[0-9]{1,3}(?:[,\u00a0\u2009\u202f][0-9]{2,3}){0,9}[,\u00a0\u2009\u202f][0-9]{3}(?![0-9])"
 NUMBER = re.compile(rf"(?:(?<![\w)])-)?\$?(?:(?:{GROUPED}|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 
 def numbers(text: str) -> list[Decimal]:
@@ -166,8 +165,7 @@ def prepare(cfg: EvalConfig) -> list[Path]:
     read_gold(cfg)
     if cfg.shots:
         room("tasks.gsm8k").worked_examples(cfg.shots)
-    split = "train" if cfg.validate else "test"
-    return [Path(cfg.data_dir) / "gsm8k" / f"{split}.jsonl"]
+    return [Path(cfg.data_dir) / f"gsm8k/{'train' if cfg.validate else 'test'}.jsonl"]
 
 def score(lm: LM, tokenizer, cfg: EvalConfig, progress: str) -> dict:
     """Greedy chain of thought. Without shots, in the training template."""
@@ -209,7 +207,7 @@ def models_of_run(folder: Path, device, dtype) -> tuple[dict, object, object]:
 @dataclass(frozen=True)
 class Command(EvalConfig):
     """Every flag of eval.py."""
-    eval_limit: int = option(0, "first N test examples", flags=["--limit", "--eval-limit"])
+    eval_limit: int = option(0, "N test examples", flags=["--limit", "--eval-limit"])
     eval_batch: int = option(0, "sequences at a time", flags=["--batch-size", "--eval-batch"])
     run: str | None = option(None, "run folder of train.py")
     model: str | None = option(None, "which of the run's models; default the last: adapfu")
@@ -222,6 +220,7 @@ class Command(EvalConfig):
 def main_guard(main):
     """Runs `main`: a user's mistake is one line and status 2, Ctrl-C one and 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # 2>&-
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # a terminal may know ASCII alone
     try:
@@ -251,6 +250,9 @@ def main(argv=None) -> int:
     args = checked(Command, given)
     if args.run and args.ckpt:
         raise UserError("--run and --ckpt: a run knows its checkpoint; give one of them")
+    for name, other in (("model", "run"), ("format", "export")):
+        if name in given and other not in given:
+            raise UserError(f"{flag(name)} {given[name]}: expected {flag(other)} beside it")
     asked = sorted(given.keys() & {"prompt", "export", "predictions"})
     if asked[1:]:
         raise UserError(f"{' and '.join(map(flag, asked))}: expected one at a time")
@@ -274,8 +276,7 @@ def main(argv=None) -> int:
     if not args.run and not args.predictions:
         lm, tokenizer = load(args.ckpt, dtype=dtype, device=device)
     if args.export:
-        folder = Path(args.export).absolute()
-        room("extras.huggingface").export(lm, folder, args.format, args.ckpt)
+        room("extras.huggingface").export(lm, Path(args.export), args.format, args.ckpt)
     elif args.prompt is not None:
         print(complete(lm, tokenizer, args))
     else:

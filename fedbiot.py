@@ -5,10 +5,8 @@ Read from the end: `federate` is Algorithm 2. Equations are numbered as the pape
     layer_extract                   Algorithm 1     the emulator's and the adapter's layers
     linear_cross_entropy            Eq. 1           F_m, a client's loss
     Server.alignment_losses         Eq. 3, 4        ||E(x) - E*(x)||^2, KL(full || compressed)
-    Server.align_weights            Eq. 5           before round 1: over all weights of E
-    Client.update, proximal         Eq. 6           F_m + epsilon/2 ||w_A - w_A^(t)||^2
-    Server.align                    Eq. 7           between rounds: over the LoRA of E
-    Client.update                   Eq. 8-10        K local steps, lines 8-15 of Algorithm 2
+    Server.align_weights, align     Eq. 5, 7        before round 1; between rounds
+    Client.update, proximal         Eq. 6, 8-10     K steps on F_m + epsilon/2 ||w_A - w_A^(t)||^2
     Server.aggregate, federate      Eq. 2, 11       sum_m p_m A_m, line 16; the rounds
 
 E* = the original layers for which the emulator E stands; A = adapter.
@@ -72,8 +70,8 @@ class Config:
 # ---- Algorithm 1 --------------------------------------------------------------------------------
 def layer_extract(n: int, s: int, beta: float) -> tuple[list[int], list[int]]:
     """Algorithm 1: (emulator's layers, adapter's layers), 0-based indices of the model's n.
-    DIFFERS: line 2 reads n' = floor(beta (n - s)); the paper's Table 5 needs (1 - beta).
     beta is read as the decimal that it prints as: the float 0.2 is a little above 1/5."""
+    # DIFFERS: line 2 reads n' = floor(beta (n - s)); the paper's Table 5 needs (1 - beta).
     if not 1 <= s < n:
         raise UserError(f"--adapter {s}: the model has {n} layers, so choose 1..{n - 1}")
     kept = math.floor((1 - Fraction(str(beta))) * (n - s))
@@ -229,7 +227,7 @@ class Server:
     no_use = frozenset()  # shared flags that mean nothing to the method
     Flags = Config  # a dataclass: the method's own flags, if any
     period = 1  # rounds after which the sizes of payloads repeat
-    emulator: Payload = {}  # the weights that Eq. 5 trained, by name
+    emulator: Payload = {}  # E's own weights by name, if Eq. 5 trains them
 
     defaults = staticmethod(lambda method, bundled: {})  # its own values of shared flags
     split = staticmethod(lambda n, cfg: layer_extract(n, cfg.adapter, cfg.dropout))
@@ -270,9 +268,9 @@ class Server:
         return weights_of(self.student)  # ABLATE: what is shipped
 
     def broadcast(self, t: int) -> Payload:
-        """Lines 3-7: re-align E with E*, then send the LoRA of E and A.
-        PAPER SILENT: Algorithm 2 aligns in every round, the text 500 steps once and 10 between
-        rounds. So: align_init before the first, align_steps before each other."""
+        """Lines 3-7: re-align E with E*, then send the LoRA of E and A."""
+        # PAPER SILENT: Algorithm 2 aligns in every round, the text 500 steps once and 10 between
+        # rounds. So: align_init before the first, align_steps before each other.
         init = self.cfg.align_init if self.cfg.align_init_on == "lora" else 0
         self.align(t, self.cfg.align_steps if t else init)
         return detached(self.emulated | self.tuned)  # ABLATE: what is shipped
@@ -329,11 +327,12 @@ class Server:
 
     def alignment_losses(self, batch) -> dict[str, tuple[float, Tensor]]:
         """Name: (weight, value) of Eq. 3, ||E(x) - E*(x)||^2, and Eq. 4, KL(teacher || student);
-        Eq. 5 and 7 minimise the weighted sum. A new term reaches log and picture by itself.
-        ABLATE: the alignment's losses
-        DIFFERS: the L2 is divided by the teacher's mean square, so that lambda and the rates
-        carry over between model sizes; --align-norm none is the literal Eq. 3.
-        PAPER SILENT: means are over a batch's answer tokens, so a long answer weighs more."""
+        Eq. 5 and 7 minimise the weighted sum. A new term reaches log.csv, a round's line and
+        benchmarks/plot.py by itself."""
+        # ABLATE: the alignment's losses
+        # DIFFERS: the L2 is divided by the teacher's mean square, so that lambda and the rates
+        # carry over between model sizes; --align-norm none is the literal Eq. 3.
+        # PAPER SILENT: means are over a batch's answer tokens, so a long answer weighs more.
         rows, weights = batch.rows, batch.weights
         if self.cfg.align_tokens == "all":
             rows = torch.arange(batch.tokens.numel(), device=batch.tokens.device)
@@ -477,8 +476,8 @@ def distances(uploads: list[Payload], expected: Payload) -> list[float]:
     return torch.stack([distance(upload) for upload in uploads]).tolist() if uploads else []
 
 def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[Payload, dict]]:
-    """The results that count, and one line for each that does not.
-    DIFFERS: the paper averages whatever comes. --max-update-norm 0 accepts all sizes."""
+    """The results that count, and one line for each that does not."""
+    # DIFFERS: the paper averages whatever comes. --max-update-norm 0 accepts all sizes.
     reasons = {m: misfit(upload, expected) or implausible(metrics)
                for m, (upload, metrics) in results.items()}
     fit = [m for m in results if not reasons[m]]

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,8 +75,7 @@ def read_saved(path, mapped=False):
             archive = zipfile.ZipFile(file)  # torch.load ignores checksums
             if archive.testzip() or any(r.compress_type for r in archive.infolist()):
                 raise ValueError("a record that is damaged or compressed")
-        mapped = mapped and is_zip
-        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=mapped and is_zip, weights_only=True)
 
 def read_pickle(path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's .pth or .bin file by name, mapped."""
@@ -239,10 +237,9 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))  # SwiGLU
 
 class Block(nn.Module):
-    """One pre-norm decoder layer: the unit that FedBiOT drops, freezes, ships and averages.
-    It does not know its index: an emulator has fewer blocks, and each must compute the
-    same thing at any depth. `past` is (its cache, slots, mask), see LM.hidden. `rows` (N,), if
-    given, are the wanted positions b T + t; the feed-forward is spared the others."""
+    """One pre-norm decoder layer: what FedBiOT drops, freezes, ships and averages. It does not
+    know its index: in an emulator it computes the same. `past`: (its cache, slots, mask), see
+    LM.hidden. `rows` (N,): the wanted positions b T + t; the feed-forward is spared the others."""
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.attention = Attention(c)
@@ -383,7 +380,7 @@ def named_tensors(path: Path, config: ModelConfig):
 def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float32,
                  device="cpu") -> LM:
     """An LM from a folder's weights, frozen, with `layer_ids` (default: all) of its layers.
-    Strict: every tensor of the architecture, in its shape, and nothing else; what stands twice
+    Strict: every tensor of the architecture, in its shape, and no other weights; what stands twice
     (in two files, or as a tied head) must be equal; else UserError. `dtype` None: as stored.
     Shards are mapped one at a time. Device "meta": nothing is read."""
     with torch.device("meta"):
@@ -404,7 +401,8 @@ def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float3
                 parts[name] = whole, [*whole.chunk(shards if whole.dim() == 2 else 1, axis)]
             whole, (view, *rest) = parts[name]
             with expecting(f"{[*view.shape]}, with all shards ({shards})", f"{path}: {name:.80}"):
-                assert view.shape == tensor.shape, [*tensor.shape]
+                if view.shape != tensor.shape:
+                    raise ValueError([*tensor.shape])
                 view.copy_(tensor)
             parts[name] = whole, rest
             if rest:
@@ -478,14 +476,13 @@ def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos, batch_s
     assert all(prompts), "generate: an empty prompt; begin with BOS"
     eos = (eos,) if isinstance(eos, int) else tuple(eos)
     ends = eos if stop is None else (*eos, stop)
-    pick = partial(torch.argmax, dim=-1)
+    pick = lambda logits: logits.argmax(-1)  # noqa: E731
     if temperature:
         pick = room("extras.sampling").sampler(temperature, top_k, top_p, generator)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     slot = sum(cache.nbytes for cache in lm.caches(1, 1))  # bytes of a token's cache
     outputs, most = [None] * len(prompts), batch_size or 64
-    silent = None if progress else True  # None: where stderr is no terminal
-    bar = tqdm(total=len(prompts), desc=progress, disable=silent, leave=False)
+    bar = tqdm(total=len(prompts), desc=progress, disable=not progress or None, leave=False)
     while order:
         batch = order[:most]
         while not batch_size and len(batch) > 1 and CACHE_BYTES < (

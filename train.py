@@ -16,6 +16,7 @@ import fcntl
 import itertools
 import json
 import resource
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
@@ -48,7 +49,7 @@ class RunConfig(EvalConfig, Config):
     task: str = option("gsm8k", "what the clients' data teaches", choices=tuple(TASKS))
     method: str = option("fedbiot", "federated method", choices=tuple(METHODS))
     preset: str = option("paper", "the paper's settings, or its authors'", choices=tuple(PRESETS))
-    clients: int = option(3, "number of clients; default of rosetta 9, of dolly 8", least=1)
+    clients: int = option(3, "number of clients; rosetta 9, dolly 8", least=1, most=10**6)
     own_data: bool = option(False, "torchrun: every client rank has its own --data-dir")
     max_len: int = option(512, "longest training sequence; other tasks 1024, bundled 256", least=2)
     strip_annotations: bool = option(False, "take GSM8K's <<48/2=24>> out of training answers")
@@ -84,13 +85,13 @@ def parse(argv=None) -> RunConfig:
 def resolve(given: dict) -> RunConfig:
     """What the checkpoint suggests, then the preset's values, then the flags given."""
     bundled, task = given.get("ckpt") is None, TASKS[given.get("task", "gsm8k")]
-    method, world = given.get("method", "fedbiot"), int(os.environ.get("WORLD_SIZE", 1))
+    method, world = given.get("method", "fedbiot"), int(os.environ.get("WORLD_SIZE") or 1)
     values = {"ckpt": str(BUNDLED_CKPT), "data_dir": str(BUNDLED_DATA),
               "max_len": task.max_len, "clients": task.clients}
     values |= (BUNDLED if bundled else {}) | method_of(method).Server.defaults(method, bundled)
     values |= {"clients": world - 1} if world > 1 and given.get("own_data") else {}
     values |= PRESETS[given.get("preset", "paper")] | given
-    cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     values["threads"] = values.get("threads") or max(cores // processes, 1)
     cfg = checked(config_of(method), values)
     if cfg.clients_per_round > cfg.clients:
@@ -106,8 +107,9 @@ def resolve(given: dict) -> RunConfig:
     return cfg
 
 def as_json(cfg) -> dict:
-    return {name: value for name, value in asdict(cfg).items()
-            if name not in ("resume", "plan", "json")}
+    """A run's settings, with absolute paths."""
+    return {name: os.path.abspath(value) if value and name.endswith(("ckpt", "dir")) else value
+            for name, value in asdict(cfg).items() if name not in ("resume", "plan", "json")}
 
 # ---- plan ---------------------------------------------------------------------------------------
 def plan(config: ModelConfig, cfg: RunConfig) -> dict:
@@ -120,7 +122,7 @@ def plan(config: ModelConfig, cfg: RunConfig) -> dict:
     client = method.Client(server.bootstrap(), cfg, "meta")
     sent = fmean(payload_bytes(server.broadcast(t)) + payload_bytes(server.expected(t))
                  for t in range(server.period))
-    left = sorted({*range(config.n_layers)} - {*server.kept, *server.adapter})
+    left = server.kept and sorted({*range(config.n_layers)} - {*server.kept, *server.adapter})
     return {"kept_layers": server.kept, "adapter_layers": server.adapter, "dropped_layers": left,
             "trainable_params": sum(p.numel() for p in client.tuned.values()),
             "comm_mb_per_round": sent / 1e6, "gmac_per_token": client.macs_per_token() / 1e9}
@@ -157,8 +159,8 @@ def made(folder: Path) -> bool:
         raise UserError(f"--out {folder}: cannot be made ({error.strerror})") from None
 
 def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
-    """--out, which needs --resume if it exists; or a default name, which takes -2, -3, …, and of
-    which --resume goes on with the last. A restart by torchrun resumes what is not finished."""
+    """--out, which needs --resume if it exists; or a default name, then -2, -3, …, where --resume
+    goes on with the last before a free one. A restart by torchrun resumes what is not finished."""
     if cfg.out:
         if not made(Path(cfg.out)) and not (cfg.resume or restarted):
             raise UserError(f"--out {cfg.out}: exists already; add --resume to go on with it, "
@@ -178,19 +180,21 @@ def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """A lock that the kernel drops when the process ends, however it ends."""
+    """A lock that ends with the process. What a killed one left half-written is removed."""
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise UserError(f"--out {folder}: not a folder, or a run is at work in it (wait for it, "
                         f"or choose another name): {error.strerror}") from None
+    for part in folder.glob(".part-*"):
+        shutil.rmtree(part, ignore_errors=True)
     try:
         yield
     finally:
-        os.close(lock)
         with contextlib.suppress(OSError):
             folder.rmdir()  # where nothing was written
+        os.close(lock)
 
 def checkpoints(cfg: RunConfig) -> dict[str, str]:
     """Fingerprints of the files of --ckpt and of FedPT's --proxy-ckpt."""
@@ -199,11 +203,10 @@ def checkpoints(cfg: RunConfig) -> dict[str, str]:
             for path in sorted(Path(folder).glob("[!.]*"))
             if path.suffix in (".json", ".pth", ".bin", ".safetensors", ".model")}
 
-def made_of(folder: Path, cfg: RunConfig) -> dict[str, str]:
-    """Fingerprints that tie what a run learnt to its configuration and checkpoint."""
+def made_of(folder: Path) -> dict[str, str]:
+    """Fingerprints of a run's configuration and of what it learnt."""
     files = (folder / name for name in ("config.json", "lora.pt", "emulator.pt"))
-    own = {path.name: fingerprint(path) for path in files if os.path.isfile(path)}
-    return own | checkpoints(cfg)
+    return {path.name: fingerprint(path) for path in files if os.path.isfile(path)}
 
 def read_run(folder: Path) -> RunConfig:
     """A finished run's configuration; its files are as the run wrote them."""
@@ -213,10 +216,12 @@ def read_run(folder: Path) -> RunConfig:
     with expecting("its files as the run wrote them, and its checkpoint", folder):
         values = read_json(folder / "config.json")
         cfg = checked(config_of(values["method"]), values)
-        then, now = read_json(folder / "summary.json")["made_of"], made_of(folder, cfg)
+        then = read_json(folder / "summary.json")["made_of"]
+        now = made_of(folder) | checkpoints(cfg)
         for name in then | now:
             if then.get(name) != now.get(name):
-                raise ValueError(f"another {name}; restore it, or train again")
+                raise ValueError(f"{'another' if name in now else 'no'} {name}; restore it "
+                                 f"(its path: config.json), or train again")
         return cfg
 
 def load_state(folder: Path, now: dict[str, str]) -> dict | None:
@@ -330,14 +335,14 @@ class Run:
             "trainable_params": trainable,
             "peak_memory_bytes": on_gpu or resident,
             "seconds": self.state["seconds"],
-            "made_of": made_of(self.folder, cfg)}
+            "made_of": made_of(self.folder) | {  # the checkpoint as it was at the start
+                name: found for name, found in self.state["depends_on"].items() if "ckpt " in name}}
         write_json(self.folder / "summary.json", summary)
         return summary
 
-def serve(cfg: RunConfig, folder: Path, costs: dict, device, processes=None):
+def serve(cfg: RunConfig, config: ModelConfig, folder: Path, costs: dict, device, processes):
     """The server's side, in one process the clients' too: from the data to the summary."""
     start, method = time.perf_counter(), method_of(cfg.method)
-    config = ModelConfig.read(cfg.ckpt)
     tokenizer, known = load_tokenizer(cfg.ckpt, config), depends_on(cfg)
     public = make_public(cfg.data_dir, tokenizer, cfg.max_len)
     known["public data"] = digest_of(public.examples)
@@ -387,11 +392,11 @@ def run(argv=None, processes=None) -> int:
         processes.serve(cfg, device)  # a client's process, until the end
     folder = choose_folder(cfg, restarted=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
     with locked(folder):
-        serve(cfg, folder, costs, device, processes)
+        serve(cfg, config, folder, costs, device, processes)
     return 0
 
 def main(argv=None) -> int:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun's
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # torchrun's
         return room("extras.torchrun").main(run, argv)
     return run(argv)
 

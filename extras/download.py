@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import read_rows
-from model import UserError
+from model import UserError, replacing
 
 GITHUB = "https://raw.githubusercontent.com/"
 CODEGEEX = (GITHUB + "THUDM/CodeGeeX/e64e88e40a73358bb4ad60ef24114355e7141880/"
@@ -47,31 +47,34 @@ def fetch(path: Path, name: str):
         raise UserError(f"{path}: no such file; --data-dir needs it there (docs/formats.md says "
                         f"where it comes from)")
     url, check = SOURCES[name]
-    part = path.with_name(f"{os.getpid()}.part-{path.name}")    # keeps its ending: read_rows asks
-    try:
-        download(url, part)
+    with contextlib.ExitStack() as stack:
+        with fetching(path, url):
+            answer = stack.enter_context(urllib.request.urlopen(url, timeout=60))
+        part = stack.enter_context(replacing(path))     # no folder before there is something
+        with fetching(path, url), open(part, "xb") as file:
+            download(answer, file, Path(url).name)
         verify(part, url, check)
-        part.rename(path)
+
+
+@contextlib.contextmanager
+def fetching(path: Path, url: str):
+    try:
+        yield
     except OSError as error:                            # urllib's errors are OSErrors
         raise UserError(f"{path}: not there, and {url} cannot be fetched ({error}); download it to "
                         f"that path") from None
-    finally:
-        with contextlib.suppress(OSError):              # --data-dir is a file
-            part.unlink()
 
 
-def download(url: str, path: Path):
-    with contextlib.ExitStack() as stack:
-        answer = stack.enter_context(urllib.request.urlopen(url, timeout=60))
-        path.parent.mkdir(parents=True, exist_ok=True)          # not before there is something
-        file = stack.enter_context(open(path, "xb"))
-        size, name = int(answer.headers.get("Content-Length") or 0) or None, Path(url).name
-        with tqdm(None, f"download {name}", size, unit="B", unit_scale=True, disable=None) as bar:
-            while block := answer.read(1 << 20):
-                file.write(block)
-                bar.update(len(block))
-        if size and file.tell() != size:            # read() ends without a word where the wire does
-            raise OSError(f"{file.tell():,} of {size:,} bytes came")
+def download(answer, file, name: str):
+    size = int(answer.headers.get("Content-Length") or 0) or None
+    with tqdm(None, f"download {name}", size, unit="B", unit_scale=True, disable=None) as bar:
+        while block := answer.read(1 << 20):
+            file.write(block)
+            bar.update(len(block))
+    if size and file.tell() != size:                # read() ends without a word where the wire does
+        raise OSError(f"{file.tell():,} of {size:,} bytes came")
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def verify(path: Path, url: str, check):

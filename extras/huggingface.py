@@ -382,6 +382,7 @@ def export(lm, folder: Path, form: str, source):
         if not config or state.keys() != LM.empty(config).state_dict().keys():
             raise UserError("--export: this method's result is not a LLaMA's weights, so no other "
                             "tool could load it")
+    folder = folder.absolute()  # "." has no name
     if os.path.isfile(folder) or os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f"--export {folder}: exists already; choose another name")
     if form == "peft":

@@ -187,11 +187,15 @@ class Longest:
 
 
 class Uploads(Wire):
-    """The server's end of a wire: as many uploads as a round has, and what was broadcast."""
+    """The server's end of a wire: what was broadcast, two uploads, and the bytes of the others, as
+    long as the two are there. (Tensor by tensor a thousand would take minutes.)"""
 
     def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> tuple:
         self.payload = payload
-        return {m: (copies(expected), {"loss": 1.0, "examples": 1}) for m in chosen}, [0], [0]
+        n = payload_bytes(expected) * len(chosen[2:])
+        report = {"loss": 1.0, "examples": 1,
+                  "others": torch.empty(n, dtype=torch.uint8, device="meta")}
+        return {m: (copies(expected), report) for m in chosen[:2]}, [0], [0]
 
 
 def copies(payload: Payload) -> Payload:
@@ -255,8 +259,10 @@ def settings(config: ModelConfig, cfg) -> tuple[ModelConfig, object]:
     """The run's, with two steps of each kind in the second of two rounds, on "cpu" or "cuda", for
     which no GPU need be there."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    with expecting("a device such as cpu, cuda or auto", f"--device {cfg.device}"):
+    with expecting("cpu, cuda, cuda:1, … or auto", f"--device {cfg.device}"):
         device = torch.device(auto if cfg.device == "auto" else cfg.device).type
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"{device}, whose memory --plan cannot count")
     align = max(cfg.align_steps, cfg.align_init * (cfg.align_init_on == "lora"))
     config = config if config.vocab_size > 0 else replace(config, vocab_size=32000)     # LLaMA's
     return config, replace(cfg, device=device, rounds=2, local_steps=min(cfg.local_steps, 2),
@@ -305,8 +311,8 @@ def add_to(plan: dict, config: ModelConfig, cfg, method) -> dict[str, str]:
     plan["memory_bytes"] = m = needed(config, cfg, method)
     _, cfg = settings(config, cfg)
     dtype = str(pick_dtype(cfg.dtype, cfg.device)).removeprefix("torch.")
-    rows = {"memory": f"at most, in {dtype} on {cfg.device}; a batch is {cfg.batch_size} sequences "
-                      f"of {cfg.max_len} tokens (--max-len)",
+    rows = {"memory": f"at most, in {dtype} on {cfg.device}; {cfg.batch_size} x {cfg.max_len} "
+                      f"tokens a batch (--batch-size, --max-len)",
             "  training": columns("in all", *PARTS[:3], "gradients, temporary")}
     for side in ("server", "client"):
         parts = [m[f"{side}_{name}"] for name in PARTS]

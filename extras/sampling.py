@@ -11,7 +11,7 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     left. Draws as torch.multinomial does, by the largest p / Exp(1), without its look at the
     values, for which the host would wait at every token of a GPU.
     """
-    p = (logits.float() / temperature).softmax(-1)
+    p = (logits.float() / max(temperature, 1e-6)).softmax(-1)       # below, fp32 may overflow
     p, ids = p.sort(dim=-1, descending=True, stable=True)
     if top_k:
         p[:, top_k:] = 0

@@ -47,6 +47,12 @@ def header_of(payload: Payload) -> list:
     return [[name, str(t.dtype), list(t.shape)] for name, t in payload.items()]
 
 
+def data_of(rank: int) -> tuple[str, str]:
+    """What a state calls the data of a client's rank: all clients', and, with --own-data, its own.
+    No rank speaks of another's."""
+    return "training data", f"training data of client {rank - 1}"
+
+
 def meet(store, rank: int, world: int) -> str:
     """A random session id on which all ranks of this start agree. After a restart torchrun may
     reuse the store, so keys of the previous start must not match: rank 0 answers every greeting,
@@ -171,14 +177,13 @@ class Processes:
             os.environ["LOCAL_WORLD_SIZE"])
         self.travel(device, own_gpu)
         for rank in range(1, self.world):
-            names = "training data", f"training data of client {rank - 1}"      # not the others'
-            own = {name: known[name] for name in names if name in known}
+            own = {name: known[name] for name in data_of(rank) if name in known}
             self.post(rank, [as_json(cfg), own_gpu, own], bootstrap)
             self.send(rank, bootstrap)
         for rank in range(1, self.world):
             match self.wait(rank)[0]:
-                case [str(name), str(found)]:
-                    known.setdefault(name[:64], found[:64])
+                case [str(name), str(found)] if name in data_of(rank):
+                    known.setdefault(name, found[:64])
         return self
 
     def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> tuple:
@@ -292,9 +297,9 @@ class Processes:
         """(what the state calls this data, the shard of every client): with --own-data this rank is
         one client, whose folder holds that client's data alone."""
         if not cfg.own_data:
-            return "training data", make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients,
-                                                cfg.max_len, cfg.seed, cfg.validate,
-                                                cfg.strip_annotations)
+            shards = make_shards(cfg.task, cfg.data_dir, tokenizer, cfg.clients, cfg.max_len,
+                                 cfg.seed, cfg.validate, cfg.strip_annotations)
+            return data_of(self.rank)[0], shards
         path = Path(cfg.data_dir) / TASKS[cfg.task].training
         if not os.path.exists(path) or cfg.data_dir == str(BUNDLED_DATA):       # no download here
             raise UserError(f"--own-data: expected this client's own training data, found none at "
@@ -303,7 +308,7 @@ class Processes:
                                       cfg.validate, cfg.strip_annotations))
         shards = [None] * cfg.clients
         shards[self.rank - 1] = own
-        return f"training data of client {self.rank - 1}", shards
+        return data_of(self.rank)[1], shards
 
     # ---- the end
 

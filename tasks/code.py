@@ -362,8 +362,6 @@ def read_problems(data_dir, lang: str) -> dict[str, dict]:
     names = ("task_id", "prompt", "canonical_solution", "test")
     names += ("import", "test_setup") * (lang == "go")
     rows = [dict(zip(names, texts)) for texts in texts_of(read_rows(path), path, names)]
-    if not rows:
-        raise UserError(f"{path}: expected problems, one a line; the file has none")
     word = next(word for word, folder in LANGS.items() if folder == lang)
     ids = [row["task_id"] for row in rows]
     for i, row in enumerate(rows, 1):
@@ -412,9 +410,6 @@ def read_samples(path, data_dir) -> list[Sample]:
     """A file of {"task_id": "Python/0", "generation": the text after the prompt}; a problem's rows
     are its samples."""
     pairs = texts_of(read_rows(Path(path)), path, ("task_id", "generation"))
-    if not pairs:
-        raise UserError(f'{path}: expected rows of {{"task_id": …, "generation": …}}; the file has '
-                        f'none')
     problems, samples = {}, []
     for i, (task_id, generation) in enumerate(pairs, 1):
         lang = LANGS.get(task_id.split("/")[0])
@@ -507,7 +502,12 @@ def prepare(cfg) -> list[Path]:
         if os.path.isdir(place) or not os.access(place.parent, os.W_OK | os.X_OK):
             raise UserError(f"--save-predictions {place}: expected a file's name in a folder that "
                             f"you may write to")
-    if cfg.run_code:
+    if cfg.k > cfg.samples:
+        raise UserError(f"--k {cfg.k}: expected at most --samples, which is {cfg.samples}")
+    if not cfg.run_code:
+        print("note: a program counts as right only if it is the canonical solution; --run-code "
+              "runs the programs, each in a sandbox", file=sys.stderr)
+    else:
         make_box(cfg.unsafe_no_sandbox)
         if shutil.which("go") and any("." in p for p in packages_of(rows["go"])):
             files.append(unpack_modules(cfg.data_dir, None))

@@ -25,11 +25,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import TASKS, Example, Row, collate, find_file, prompt_of, read_rows, texts_of
+from data import LARGEST, TASKS, Example, Row, collate, find_file, prompt_of, read_rows, texts_of
 from model import LM, UserError, clean_text, generate, parse_json, read_bytes
 
 WINDOW = 4096           # LLaMA 2's: worked examples that do not fit are left out, as in HELM
-LARGEST = 2**31         # bytes of a file once unpacked: more is no data set but a zip bomb
 LETTERS = list("ABCD")
 
 
@@ -421,9 +420,6 @@ def score_predictions(cfg) -> dict:
     is not run."""
     path, pairs = Path(cfg.predictions), {name: {} for name in SCENARIOS}
     rows, questions = read_rows(path), read_scenarios(cfg.data_dir)
-    if not rows:
-        raise UserError(f'{path}: expected rows of {{"scenario": …, "index": …, "text": …}}; the '
-                        f'file has none')
     named = texts_of(rows, path, ("scenario", "text"))
     for i, (row, (name, text)) in enumerate(zip(rows, named, strict=True), 1):
         if name not in SCENARIOS:

@@ -566,7 +566,7 @@ def test_a_method_and_a_task_are_added_as_a_row_and_a_file_of_each():
         flags = ("--method", "fedprox", "--task", "echo", "--rounds", 1, "--local-steps", 4)
         for prox in (0, 1000):
             said = program("train", *flags, "--prox", prox, "--out", f"run{prox}")
-            assert "fedprox, echo, 2 clients" in said and "3 of 4" in said, said
+            assert "fedprox, echo, clients: 2" in said and "3 of 4" in said, said
         free, held = (torch.load(path / run / "lora.pt") for run in ("run0", "run1000"))
         pulled = [sum(p.norm() for n, p in learnt.items() if n.endswith("lora_B"))
                   for learnt in (free, held)]

@@ -12,6 +12,8 @@ from model import generate
 from tests.common import config, tiny_lm, toy_shard
 from tests.test_baselines import method_config
 
+aten = torch.ops.aten
+
 # Where the host waits once more, and why: FedTT+ compares a fingerprint of the cores that a client
 # holds with the one that the server sent, before the first step. FedKSeed's uploads are seeds and
 # scalars, which its client has read: their norms and their sum are the CPU's own.
@@ -19,11 +21,14 @@ READS = {  # method: (bootstrap, broadcast, update, accepted, aggregate)
     "fedbiot": (0, 1, 1, 1, 0), "fedot": (1, 0, 1, 1, 0), "offsite": (1, 0, 1, 1, 0),
     "fedavg": (0, 0, 1, 1, 0), "fedkseed": (0, 0, 1, 0, 0), "fedkseed-pro": (0, 0, 1, 0, 0),
     "fedtt": (0, 0, 1, 1, 0), "fedtt+": (0, 0, 3, 1, 0), "fedpt": (0, 0, 1, 1, 1)}
+INDEXED = aten.index.Tensor, aten.index_put_.default
+STALLS = aten.nonzero.default, aten.masked_select.default, aten.multinomial.default
 
 
 class Reads(TorchDispatchMode):
     """Counts where the host would wait for a GPU: a number that is read, a tensor copied to the
-    CPU, a shape that depends on numbers. What it reads is 0 but for the last number, a 1."""
+    CPU, an index that comes from there, a shape that depends on numbers, multinomial's look at its
+    probabilities. What it reads is 0 but for the last number, a 1."""
 
     def __init__(self):
         super().__init__()
@@ -33,13 +38,13 @@ class Reads(TorchDispatchMode):
         kwargs = kwargs or {}
         source = next((a for a in args if torch.is_tensor(a) and a.is_meta), None)
         to_cpu = str(kwargs.get("device", "")) == "cpu" or (
-            function is torch.ops.aten.copy_.default and not args[0].is_meta)
-        number = function is torch.ops.aten._local_scalar_dense.default
-        masks = function is torch.ops.aten.index.Tensor and any(
-            torch.is_tensor(i) and i.dtype == torch.bool for i in args[1])
+            function is aten.copy_.default and not args[0].is_meta)
+        number = function is aten._local_scalar_dense.default
+        masks = function in INDEXED and any(
+            torch.is_tensor(i) and (i.dtype == torch.bool or not i.is_meta) for i in args[1])
         source = args[1] if to_cpu and source is None and len(args) > 1 else source
         if source is None or not source.is_meta or not (
-                to_cpu or number or masks or "nonzero" in str(function)):
+                to_cpu or number or masks or function in STALLS):
             return function(*args, **kwargs)
         self.found.append(str(function))
         found = torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype).flatten()
@@ -70,8 +75,9 @@ def a_round(module, full, cfg) -> tuple[dict[str, list[str]], object]:
 
 
 def test_the_host_reads_a_gpu_once_a_client_and_once_an_alignment():
-    # kills: loss.item() in a client's loop, or g.item() in FedKSeed's; rows looked for by a mask; a
-    # copy to the CPU in an alignment or a distillation; a CPU tensor in one; uploads measured apart
+    # kills: loss.item() in a client's loop, or g.item() in FedKSeed's; rows looked for, or written,
+    # by a mask; in an alignment or a distillation a copy to the CPU, a CPU tensor, an index from
+    # there; uploads measured apart
     for method, expected in READS.items():
         cfg = method_config(method, local_steps=3, align_init=3, align_steps=3)
         found, _ = a_round(train.method_of(method), tiny_lm().bfloat16().to("meta"), cfg)
@@ -82,7 +88,8 @@ def test_the_host_reads_a_gpu_once_a_client_and_once_an_alignment():
 
 
 def test_the_host_reads_a_gpu_once_in_sixteen_tokens():
-    # kills: a look at every token; a sampler that picks the pieces it may draw by a mask
+    # kills: a look at every token; a sampler that picks the pieces it may draw by a mask, or draws
+    # by torch.multinomial
     for method, name in (("fedbiot", "adapfu"), ("fedkseed", "full"), ("fedpt", "proxy")):
         module, cfg = train.method_of(method), method_config(method, align_init=0)
         server = module.Server(tiny_lm(n_layers=3).to("meta"), None, cfg)

@@ -680,8 +680,9 @@ def a_run(path: Path, server, **about) -> Path:
 
 def sealed(path: Path) -> Path:
     """The folder's files as they are now are the run's own."""
-    cfg = train.parse(["--rank", "4"])                      # made_of asks it for the checkpoint
-    (path / "summary.json").write_text(json.dumps({"made_of": train.made_of(path, cfg)}))
+    cfg = train.parse(["--rank", "4"])                      # names the checkpoint
+    made_of = train.made_of(path) | train.checkpoints(cfg)
+    (path / "summary.json").write_text(json.dumps({"made_of": made_of}))
     return path
 
 
