@@ -467,6 +467,18 @@ def assert_same_run(run: Path, other: Path):
         assert same(read_saved(run / "emulator.pt"), read_saved(other / "emulator.pt"))
 
 
+@contextlib.contextmanager
+def no_longer_than(seconds: int):
+    """A wait without end, for a FIFO's writer, becomes a Ctrl-C, which ends in another status."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 # ---- processes ----------------------------------------------------------------------------------
 
 def free_port() -> str:

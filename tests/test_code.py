@@ -475,6 +475,7 @@ def test_every_file_is_read_and_the_sandbox_tried_before_they_are_needed():
                 tar.addfile(tarfile.TarInfo("vendor/a.go"))
             with contextlib.redirect_stderr(io.StringIO()):
                 assert humaneval.prepare(cfg) == [*found, archive]
+        refused(lambda: humaneval.prepare(code_cfg(path, k=2)), "--k 2", "--samples")
         for place in (path, path / "absent" / "s.jsonl"):
             wrong = code_cfg(path, run_code=False, save_predictions=str(place))
             refused(lambda: humaneval.prepare(wrong), "--save-predictions", place)

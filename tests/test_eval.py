@@ -12,7 +12,8 @@ import model
 from model import UserError
 from tasks import gsm8k
 from tests.common import (
-    HERE, cli, folder, gsm8k_folder, meta_folder, one_line, refused, tiny_lm, tokenizer,
+    HERE, cli, folder, gsm8k_folder, meta_folder, no_longer_than, one_line, refused, tiny_lm,
+    tokenizer,
 )
 
 # a text, and the number that it answers
@@ -52,10 +53,12 @@ ENDINGS = [
 
 def test_answers_are_extracted_by_the_papers_rules():
     # kills: last number after a marker; marker without a number falls back; commas split; every
-    # hyphen a sign
+    # hyphen a sign; groups without a bound, tried from each of their numbers
     for text, number in ANSWERS:
         found = evaluation.extract_number(text)
         assert found == (number and Decimal(number)), (text, found)
+    with no_longer_than(10):                                # where the square of it is a minute
+        assert evaluation.extract_number("12," * 40_000) == 12
 
 
 def test_a_models_ending_counts_up_to_its_next_question_whatever_stands_there():
@@ -174,7 +177,7 @@ def test_an_output_that_takes_nothing_is_one_line():
 
 def test_a_checkpoint_is_scored_on_the_command_line():
     # kills: notes among the JSON on stdout; status 0 or two lines for a user's mistake; one of two
-    # things that were asked for done, the other not
+    # things that were asked for done, the other not; --model without a run passed over
     with folder() as path:
         meta_folder(path / "c", tiny_lm(vocab_size=1024), tokenizer=True)
         argv = ("--task", "gsm8k", "--ckpt", path / "c", "--json")
@@ -184,6 +187,8 @@ def test_a_checkpoint_is_scored_on_the_command_line():
         for bad in (("--prompt", "x", "--ckpt", path / "none"), ("--limit", "-1"), (),
                     ("--prompt", "x", "--export", path / "new"),
                     ("--prompt", "x", "--predictions", path / "no"),
+                    ("--task", "gsm8k", "--model", "adapemu", "--limit", 1),
+                    ("--task", "gsm8k", "--format", "meta", "--limit", 1),
                     ("--prompt", "x", "--max-new-tokens", 10**9),
                     ("--task", "gsm8k", "--predictions", path / "no")):
             answer = cli(*bad, main=evaluation.main)

@@ -563,10 +563,11 @@ def draw(z, *args, seed=1):
 
 def test_sampling_stays_within_top_k_and_top_p_and_follows_the_softmax():
     # kills: top_k + 1; nucleus without the piece that crosses top_p; temperature multiplied; ids
-    # not mapped back
-    z = random(1, 12, std=1.5).repeat(20000, 1)
+    # not mapped back; logits that overflow at a temperature near 0
+    z = random(1, 12, std=1.5).flip(1).repeat(20000, 1)
     order, p = z[0].argsort(descending=True), z[0].double().softmax(-1)
-    for t, k, top_p in ((1.0, 1, 1.0), (1.0, 0, 1e-9), (1.0, 0, 0.0), (1e-4, 0, 1.0)):
+    for t, k, top_p in ((1.0, 1, 1.0), (1.0, 0, 1e-9), (1.0, 0, 0.0), (1e-4, 0, 1.0),
+                        (1e-40, 0, 1.0)):
         assert (draw(z, t, k, top_p) == z[0].argmax()).all(), (t, k, top_p)
     assert set(draw(z, 1.0, 3, 1.0).tolist()) == set(order[:3].tolist())
     nucleus = next(n for n in range(1, 13) if p[order[:n]].sum() >= 0.7)

@@ -1,11 +1,11 @@
 """Training's command line: the plan, presets, mistakes, the run folder, resuming."""
 import contextlib
+import io
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,8 +20,8 @@ import lora
 import train
 from extras import memory
 from tests.common import (
-    HERE, RUN_FILES, WEIGHTS, assert_same_run, cli, fast_scores, folder, meta_folder, one_line,
-    read_json, read_log, read_saved, refused, scored, small_run, start,
+    HERE, RUN_FILES, WEIGHTS, assert_same_run, cli, fast_scores, folder, meta_folder,
+    no_longer_than, one_line, read_json, read_log, read_saved, refused, scored, small_run, start,
     stopped_before_evaluation, tiny_lm,
 )
 
@@ -217,18 +217,6 @@ def test_a_mistake_in_a_file_ends_in_one_line_before_the_first_round():
             assert one_line(answer, *words).startswith("error: "), argv
             assert not (path / "run" / "state.pt").exists(), f"{argv}: refused only after a round"
         assert (path / "file").read_text() == "mine" and not list((path / "taken").iterdir())
-
-@contextlib.contextmanager
-def no_longer_than(seconds: int):
-    """A wait without end, for a FIFO's writer, becomes a Ctrl-C, which ends in another status."""
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
 
 TEXTS = {train.main: ("ckpt", "data-dir", "out", "init-lora", "device", "save-predictions"),
          evaluation.main: ("ckpt", "data-dir", "run", "export", "predictions", "device")}
@@ -654,3 +642,50 @@ def test_eval_refuses_a_run_whose_files_are_not_its_own():
         assert evaluated()[0] == 0
         meta_folder(path / "ckpt", tiny_lm(1, vocab_size=1024), tokenizer=True)
         one_line(evaluated(), str(run), "another --ckpt consolidated.00.pth")
+
+
+def test_a_run_belongs_to_the_checkpoint_that_it_began_with_from_every_folder():
+    # kills: the checkpoint's fingerprints taken at the end; a relative --ckpt or --data-dir kept as
+    # it was given; a checkpoint that is gone said to be another
+    with folder() as path, fast_scores(), contextlib.chdir(path):
+        flags, run = [*small_run(Path(".")), "--rounds", 1], path / "run"
+        assert cli(*flags, "--out", "run")[0] == 0
+        evaluated = "--run", run, "--limit", 1
+        with contextlib.chdir("/"):
+            assert cli(*evaluated, main=evaluation.main)[0] == 0
+        with patch.object(train.Run, "finish", lambda *given, finish=train.Run.finish: (
+                meta_folder(path / "ckpt", tiny_lm(1, vocab_size=1024), tokenizer=True),
+                finish(*given))[1]):
+            assert cli(*flags, "--out", "other")[0] == 0
+        one_line(cli("--run", "other", main=evaluation.main), "another --ckpt consolidated.00.pth")
+        (path / "ckpt").rename(path / "elsewhere")
+        one_line(cli(*evaluated, main=evaluation.main), "no --ckpt consolidated.00.pth")
+
+
+def test_what_a_killed_process_left_half_written_is_removed():
+    # kills: a folder .part-… beside state.pt for good; that of a run at work removed
+    with folder() as path, fast_scores():
+        flags, run = small_run(path), path / "run"
+        with stopped_before_evaluation():
+            assert cli(*flags, "--out", run)[0] == 130
+        (run / ".part-x").mkdir()
+        (run / ".part-x" / "state.pt").write_bytes(b"half")
+        with train.locked(run):
+            (run / ".part-y").mkdir()
+            one_line(cli(*flags, "--out", run, "--resume"), "at work")
+            assert {p.name for p in run.glob(".part-*")} == {".part-y"}
+        assert cli(*flags, "--out", run, "--resume")[0] == 0
+        assert {p.name for p in run.iterdir()} == RUN_FILES
+
+
+def test_an_environment_of_empty_variables_and_a_closed_stderr_are_no_error():
+    # kills: int("") as a traceback; progress bars that need a stderr
+    empty = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "")
+    with folder() as path, patch.dict(os.environ, empty), patch.object(sys, "stderr", None):
+        flags = [*small_run(path), "--rounds", "1", "--out", str(path / "run")]
+        with fast_scores(), contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):
+            try:
+                evaluation.main_guard(lambda: train.main(flags))
+            except SystemExit as end:
+                assert end.code == 0
+        assert (path / "run" / "summary.json").exists()
