@@ -42,8 +42,8 @@ class Parser(argparse.ArgumentParser):
             how = {"type": kind_of(f), "choices": choices, "metavar": "X"}
             if kind_of(f) is bool:
                 how = {"action": argparse.BooleanOptionalAction}
-            text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
-            text += "" if f.default in (None, False) else f" ({f.default})"
+            text = f.metadata["help"] + (f"; one of {', '.join(choices)}" if choices else "")
+            text += "" if f.default in (None, False) else f" (default {f.default})"
             flags = f.metadata.get("flags", [flag(f.name)])
             self.add_argument(*flags, dest=f.name, help=text.replace("%", "%%"), **how)
 
@@ -92,7 +92,7 @@ class EvalConfig:
     shots: int = option(8, "worked examples in a prompt; bundled model 0")
     max_new_tokens: int = option(0, "of an answer (0: the task's own, GSM8K 256)", most=2**16)
     samples: int = option(20, "programs a problem; bundled model 1", least=1)
-    temperature: float | None = option(None, "default 0.1, for one sample 0")
+    temperature: float | None = option(None, "0.1, for one sample 0")
     top_k: int = option(40, "sample among so many pieces (0: all)")
     top_p: float = option(0.75, "among those of this probability", least=1e-9, most=1)
     k: int = option(0, "the k of pass@k; 0: 1, and also 10 where there are 10 samples")
@@ -235,7 +235,7 @@ def main_guard(main):
             os.write(2, f"error: the output cannot be written: {error.strerror}\n".encode())
         os._exit(2)  # without a second attempt to write it
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C; --resume goes on after a run's last round", file=sys.stderr)
+        print("stopped by Ctrl-C; a run goes on with --resume", file=sys.stderr)
         sys.exit(130)
 
 def complete(lm: LM, tokenizer, args: Command) -> str:

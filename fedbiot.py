@@ -7,7 +7,7 @@ Read from the end: `federate` is Algorithm 2. Equations are numbered as the pape
     Server.alignment_losses         Eq. 3, 4        ||E(x) - E*(x)||^2, KL(full || compressed)
     Server.align_weights, align     Eq. 5, 7        before round 1; between rounds
     Client.update, proximal         Eq. 6, 8-10     K steps on F_m + epsilon/2 ||w_A - w_A^(t)||^2
-    Server.aggregate, federate      Eq. 2, 11       sum_m p_m A_m, line 16; the rounds
+    federate, Server.aggregate      Eq. 2, 11       the rounds; sum_m p_m A_m, line 16
 
 E* = the original layers for which the emulator E stands; A = adapter.
 """
@@ -46,8 +46,8 @@ class Config:
     align_steps: int = option(10, "alignment steps between rounds (E)")
     # DIFFERS: section 3.1 and Eq. 5 tune all weights of E before round 1, section 4.1 and the
     # authors' code its LoRA alone. Both readings are here.
-    align_init_on: str = option("lora", "what they tune (Eq. 5: weights, at 16 bytes each); "
-                                "bundled model weights", choices=("weights", "lora"))
+    align_init_on: str = option("lora", "what these steps tune; weights is Eq. 5, at 16 bytes "
+                                "each; bundled model weights", choices=("weights", "lora"))
     # PAPER SILENT: the learning rate of the alignment, its warm-up and its decay.
     align_init_lr: float = option(1e-3, "peak learning rate of --align-init-on weights")
     server_lr: float = option(1e-4, "learning rate of E's LoRA; bundled model 2e-3")
@@ -226,7 +226,7 @@ class Server:
     """Owns the whole LLM and the public data; clients get E and A."""
     no_use = frozenset()  # shared flags that mean nothing to the method
     Flags = Config  # a dataclass: the method's own flags, if any
-    period = 1  # rounds after which the sizes of payloads repeat
+    period = 1  # rounds after which payloads' sizes repeat (FedTT+)
     emulator: Payload = {}  # E's own weights by name, if Eq. 5 trains them
 
     defaults = staticmethod(lambda method, bundled: {})  # its own values of shared flags
@@ -235,7 +235,7 @@ class Server:
     def __init__(self, full: LM, public, cfg):
         self.full, self.public, self.cfg, self.measured = full, public, cfg, {}
         self.kept, self.adapter = self.split(full.config.n_layers, cfg)
-        self.cut = self.adapter[-cfg.adapter]  # first layer above E
+        self.cut = self.adapter[-cfg.adapter]  # the first above E
         compressed = full.with_layers({i: full.layers[str(i)] for i in self.kept + self.adapter})
         rng = generator(cfg.seed, 0, SERVER)
         self.student = add_lora(compressed, cfg.rank, cfg.alpha, rng).requires_grad_(False)
@@ -284,12 +284,11 @@ class Server:
     def align_weights(self, steps: int):
         """Eq. 5: AdamW on all matrices and norms of E, which then freeze in the checkpoint's
         dtype. LoRA of E is zero in these steps."""
-        weights, warm_up = [*self.emulator.values()], 20
+        self.student.requires_grad_(False)  # also the LoRA of E, until `freeze`
+        weights, warm_up = [p.requires_grad_() for p in self.emulator.values()], 20
         optimizer = torch.optim.AdamW(weights, lr=self.cfg.align_init_lr, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda k: min((k + 1) / warm_up, (steps - k) / max(steps - warm_up, 1)))
-        for p in (*self.emulated.values(), *weights):
-            p.requires_grad_(not p.requires_grad)  # LoRA off, weights on, until `freeze`
         self.descend(0, steps, optimizer, schedule)
         self.freeze(detached(self.emulator))
 
@@ -414,7 +413,7 @@ class Client:
         return upload, {"loss": torch.stack(losses).mean().item()}
 
     def loss(self, batch) -> Tensor:
-        """Eq. 1: F_m, a mean over tokens as in Eq. 3.  ABLATE: the client's loss"""
+        """Eq. 1: F_m, a mean over the batch's answer tokens.  ABLATE: the client's loss"""
         h = self.lm.hidden(batch.tokens, rows=batch.rows)  # (N, D): answer's tokens only
         return linear_cross_entropy(h, self.lm.output.weight, batch.targets, batch.weights)
 
@@ -434,7 +433,7 @@ class Wire:
     """Server and clients in one process, one client after the other."""
     def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> tuple:
         """The work of the `chosen`: {client: (upload, metrics)}, and the bytes of every payload
-        down and up. metrics["examples"] is the |D_m| of Eq. 2."""
+        down and up. metrics["examples"] is the |D_m| of Eq. 2; `expected` is for other wires."""
         results = {}
         for m in tqdm(chosen, f"round {t + 1}", leave=False, disable=None):
             upload, metrics = client.update(t, payload, shards[m], m)
@@ -485,7 +484,7 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
     finite = [norm for norm in norms.values() if math.isfinite(norm)]
     usual = median_low(finite or [0.0])  # of two, the smaller
     count = sum(like.numel() for like in expected.values() if like.is_floating_point())
-    bound = cfg.max_update_norm * max(1, 16 / count)**2  # a norm of few numbers varies
+    bound = cfg.max_update_norm * max(1, 16 / count)**2  # norms of few numbers vary
     for m, norm in norms.items():
         if not math.isfinite(norm):
             reasons[m] = "not all of its numbers are finite; try a smaller --lr"
@@ -500,8 +499,8 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
     return {m: result for m, result in results.items() if not reasons[m]}
 
 def federate(server, client, shards, cfg, wire, first_round: int = 0):
-    """Algorithm 2: one record a round, for any Server and Client of the protocol. `bootstrap`,
-    with Eq. 5, train.py calls before; a resumed run begins at `first_round`."""
+    """Algorithm 2: one record a round, for any Server and Client of the protocol. Before it,
+    train.py calls Server.bootstrap, with Eq. 5; a resumed run begins at `first_round`."""
     for t in range(first_round, cfg.rounds):
         start = time.perf_counter()
         payload = server.broadcast(t)  # lines 3-7: align E, send A and E

@@ -163,7 +163,7 @@ class ModelConfig:
             return room("extras.huggingface").read_config(Path(folder))
         path = Path(folder) / "params.json"
         if not os.path.lexists(path):
-            found = "neither" if os.path.isdir(folder) else "no folder"
+            found = "neither" if os.path.isdir(folder) else "no such folder"
             raise UserError(f"{folder}: expected params.json (Meta) or config.json, found {found}")
         with expecting("the architecture of a LLaMA", path):
             return cls.from_params(read_json(path))

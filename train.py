@@ -180,7 +180,7 @@ def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """A lock that ends with the process. What a killed one left half-written is removed."""
+    """A lock that ends with the process. Removes what a killed one left half-written."""
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -335,8 +335,9 @@ class Run:
             "trainable_params": trainable,
             "peak_memory_bytes": on_gpu or resident,
             "seconds": self.state["seconds"],
-            "made_of": made_of(self.folder) | {  # the checkpoint as it was at the start
-                name: found for name, found in self.state["depends_on"].items() if "ckpt " in name}}
+            "made_of": made_of(self.folder) | {  # the checkpoint as at the start
+                name: found for name, found in self.state["depends_on"].items()
+                if "ckpt " in name}}
         write_json(self.folder / "summary.json", summary)
         return summary
 

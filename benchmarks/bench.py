@@ -60,6 +60,10 @@ def memory_of(args, number: int, side: str) -> float:
     return peak_growth(list(CASES[args.what](args))[number].sides[side](), args.device)
 
 
+def absent(error: Exception) -> str:
+    return "absent: " + (repr(error).splitlines() or ["?"])[0][:90]
+
+
 def ready(case: Case, rows: dict) -> dict[str, Callable]:
     """The sides' steps, warm and compared with ours; one that cannot run is a row that says so."""
     steps, values = {}, {}
@@ -71,7 +75,7 @@ def ready(case: Case, rows: dict) -> dict[str, Callable]:
         except Exception as error:
             if side == "ours":
                 raise
-            rows[side]["note"] = "absent: " + (repr(error).splitlines() or ["?"])[0][:90]
+            rows[side]["note"] = absent(error)
             continue
         steps[side] = step
         off = 0.0 if values[side] is None else distance(values[side], values["ours"])
@@ -95,9 +99,14 @@ def measure(case: Case, number: int, args) -> list[dict]:
         per = case.units(side)
         rows[side] |= {"ms": min(ms[side]) / per, "median_ms": statistics.median(ms[side]) / per,
                        "ours/it": min(ms["ours"]) / min(ms[side])}
-        if case.memory and side != "products":
-            rows[side]["mb"] = fresh(memory_of, args, number, side)
-            rows[side]["ours/it mb"] = rows["ours"]["mb"] / max(rows[side]["mb"], 1e-9)
+    steps.clear()                               # their memory is the fresh processes' now
+    for side in ms if case.memory else ():
+        if side != "products":
+            try:
+                rows[side]["mb"] = fresh(memory_of, args, number, side)
+                rows[side]["ours/it mb"] = rows["ours"]["mb"] / max(rows[side]["mb"], 1e-9)
+            except Exception as error:          # out of memory, for one
+                rows[side]["note"] = "memory " + absent(error)
     return list(rows.values())
 
 
@@ -440,24 +449,26 @@ def generation(args):
 
 GROWTH = {"depth": [4, 8, 16, 32], "vocabulary": [1000, 4000, 16000, 64000, 128000],
           "sequence": [128, 256, 512, 1024, 2048], "clients": [1, 10, 100, 1000],
-          "a round": [1, 10, 30, 100]}
+          "a round": [1, 10, 30, 100], "rounds": [1, 3, 10, 30]}
 
 
 def growth_point(args, axis: str, value: int) -> dict:
     """A client's step, the other sizes fixed. `clients`: a round of at most two of so many, a step
-    each; `a round`: of all of them."""
-    at = {"depth": 8, "vocabulary": 4000, "sequence": 256, "clients": 2} | {axis: value}
+    each; `a round`: of all of them; `rounds`: so many of two."""
+    usual = {"depth": 8, "vocabulary": 4000, "sequence": 256, "clients": 2, "rounds": 1}
+    at = usual | {axis: value}
     at["clients"] = at.get("a round", at["clients"])
     config = ModelConfig(128, at["depth"] + 2, 4, 4, at["vocabulary"], 352)
-    cfg = Config(dropout=0.0, local_steps=1, batch_size=4, rounds=1, align_init=1,
-                 clients_per_round=0 if axis == "a round" else min(2, at["clients"]))
+    cfg = Config(dropout=0.0, local_steps=1, batch_size=4, rounds=at["rounds"], align_init=1,
+                 align_steps=1, clients_per_round=0 if axis == "a round" else min(2, at["clients"]))
     full, T, g = random_lm(config, None, args), at["sequence"] + 1, generator(4)
     rows = [Example(torch.randint(3, config.vocab_size, (T,), generator=g).tolist(), T - 64)
             for _ in range(4 * at["clients"])]
     shards = [Shard(rows, list(range(4 * m, 4 * m + 4))) for m in range(at["clients"])]
     one = Client(weights_of(full), cfg, args.device)
     sent = {name: p.detach().clone() for name, p in one.received.items()}
-    server = Server(full, shards[0], cfg) if axis in ("clients", "a round") else None
+    federated = axis in ("clients", "a round", "rounds")
+    server = Server(full, shards[0], cfg) if federated else None
 
     def step():
         if server:

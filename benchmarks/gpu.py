@@ -103,18 +103,22 @@ def reads(args) -> list[dict]:
 # ---- memory -------------------------------------------------------------------------------------
 
 def longest(args):
-    """(architecture, configuration) of two steps, every sequence the longest."""
+    """(architecture, configuration) of two steps, every sequence the longest, and of an evaluation
+    of 8 tokens an answer."""
     argv = ("--align-init-on", "lora", "--device", args.device, "--dtype", args.dtype, "--max-len",
-            "257", "--batch-size", str(args.batch_size), "--threads", "1")
+            "257", "--batch-size", str(args.batch_size), "--threads", "1", "--max-new-tokens", "8")
     return memory.settings(SHAPES[args.shape], train.parse(argv))
 
 
 def peak_of(args, side: str) -> float:
-    """MB that two steps of a client, or of the server, need beside what it holds."""
+    """MB that two steps of a client, or of the server, or its evaluation, need beside what it
+    holds."""
     config, cfg = longest(args)
-    if side == "server":
+    if side != "client":
         server = Server(random_lm(config, None, args), memory.Longest(cfg), cfg)
-        return peak_growth(lambda: server.broadcast(1), args.device)
+        work = {"server": lambda: server.broadcast(1),
+                "evaluation": lambda: memory.evaluate(server, cfg)}[side]
+        return peak_growth(work, args.device)
     emulator, adapter = layer_extract(config.n_layers, cfg.adapter, cfg.dropout)
     client = Client(weights_of(random_lm(config, emulator + adapter, args)), cfg, args.device)
     sent = {name: p.detach().clone() for name, p in client.received.items()}
@@ -123,9 +127,11 @@ def peak_of(args, side: str) -> float:
 
 def memory_table(args) -> list[dict]:
     counts, rows, args.threads = memory.needed(*longest(args), fedbiot), [], 1
-    for side in ("client", "server"):
-        mb, parts = fresh(peak_of, args, side), ("activations", "optimizer", "temporaries")
-        counted = sum(counts[f"{side}_{part}"] for part in parts) / 2**20
+    parts = "activations", "optimizer", "temporaries"
+    counts |= {"evaluation_activations": counts["evaluation"]}
+    for side in ("client", "server", "evaluation"):
+        mb = fresh(peak_of, args, side)
+        counted = sum(counts.get(f"{side}_{part}", 0) for part in parts) / 2**20
         rows.append({"case": f"{side} {args.shape} {args.dtype} B={args.batch_size} x 256",
                      "measured MB": mb, "counted MB": counted, "counted / measured": counted / mb})
     return rows

@@ -5,8 +5,9 @@
 A whole run first; then the same run, killed with all its processes at a random moment and resumed,
 until it has been killed that often; at last it is left to end. The moment is drawn by progress, so
 that no machine is too fast or too slow: half of the lives end at a random time before the first new
-round, half a random part of a round after it. Compares lora.pt and the columns of log.csv that are
-no times. Exit status 0 = the same bits. tests/test_attacks.py calls `killed_and_whole` too.
+round, half a random part of a round after it. Compares lora.pt, emulator.pt and the columns of
+log.csv that are no times. Exit status 0 = the same bits. tests/test_attacks.py calls
+`killed_and_whole` too.
 """
 import argparse
 import contextlib
@@ -106,8 +107,8 @@ def killed_and_whole(begin, folder: Path, kills: int, rng: random.Random) -> tup
         print(f"kill {kill} after {lived:.2f} s, {len(rows(killed))} rounds in the log", flush=True)
     last = begin(killed)
     last.join()
-    same = rows(killed) == rows(whole) and last.exitcode == 0 and (
-        (killed / "lora.pt").read_bytes() == (whole / "lora.pt").read_bytes())
+    same = rows(killed) == rows(whole) and last.exitcode == 0 and all(
+        (killed / path.name).read_bytes() == path.read_bytes() for path in whole.glob("[le]*.pt"))
     print(f"{kills} kills in a row, then left to end: status {last.exitcode}, "
           f"the same bits: {same}")
     return kills, same

@@ -300,7 +300,7 @@ def test_an_error_says_expected_and_found_once():
                 text = str(error)
             assert [text.count(word) for word in ("expected", "found")] == [1, 1], text
             assert all(word in text for word in words), text
-        refused(lambda: ModelConfig.read(path / "nowhere"), "found no folder")
+        refused(lambda: ModelConfig.read(path / "nowhere"), "found no such folder")
         (path / "empty").mkdir()
         refused(lambda: ModelConfig.read(path / "empty"), "found neither")
 

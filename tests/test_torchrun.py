@@ -468,7 +468,7 @@ def test_ctrl_c_is_one_line_state_kept_and_status_130():
             statuses, texts = ranks(path, world, *flags, "--out", run, then=interrupt,
                                     change=lingers_in_the_second_round)
             lines = re.findall(".*(?:[Ee]rror|Traceback|stopped).*", "\n".join(texts))
-            assert lines == ["stopped by Ctrl-C; --resume goes on after a run's last round"], texts
+            assert lines == ["stopped by Ctrl-C; a run goes on with --resume"], texts
             assert statuses == [130] * world
             saved, rows = read_saved(run / "state.pt"), read_log(run)
             assert saved["rows"] and len(saved["rows"]) - len(rows) in (0, 1)
