@@ -6,8 +6,8 @@
     p       Pro: how often s_j is drawn;  tau, eta: local_steps, lr
 
 A client walks an fp32 copy in place, so a step needs an inference's memory and one parameter's
-noise. Each round begins at `start`, replayed from w0 once for all clients of a process: so a run
-that was resumed, or has more processes, is bit for bit the run that was never stopped. Two fp32
+noise. Each round begins at `start`, replayed from w0 once for all clients of a process: so on the
+CPU a run that was resumed, or has more processes, is bit for bit the one never stopped. Two fp32
 copies at a time, `start` and what walks or is evaluated. The host reads g once, after all steps.
 """
 import math

@@ -181,8 +181,8 @@ class Runs:
         """Flags that begin after the alignment before round 1, which no client's rate changes: the
         one of a run whose only client learns nothing serves every run of the seed.
 
-        With --align-init-on weights the bits are those of a run that aligns by itself; with lora
-        the alignment's optimizer begins anew, so only the search does it.
+        With --align-init-on weights the bits are, on the CPU, those of a run that aligns by itself;
+        with lora the alignment's optimizer begins anew, so only the search does it.
         """
         method, dropout, _ = cell
         if method in ONE_SHAPE:
@@ -475,7 +475,8 @@ def ablate(args, out: Path):
     rows = []
     for name in args.only:
         choice, _, _ = finished(args, out, cell)
-        paths = {s: out / folder_of(name, choice, s) / "summary.json" for s in args.seeds}
+        paths = {s: out / folder_of(name, choice, s) / "summary.json"
+                 for s in args.seeds if choice}
         found = {s: json.loads(p.read_text())["metrics"] for s, p in paths.items() if p.is_file()}
         extra = ABLATIONS[name]
         rows.append([name, f"`{' '.join(extra)}`" if extra else "–", f"β={cell[1]} s={cell[2]}",

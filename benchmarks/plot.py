@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py runs/gsm8k-fedbiot-b0.2-s2-seed0 runs/… --out curves.png
 
-Needs matplotlib (pip install -r benchmarks/requirements.txt); nothing else in this project does.
+Needs matplotlib (pip install matplotlib); of this project only the comparison's pictures do, too.
 """
 import argparse
 import csv
@@ -10,7 +10,8 @@ import sys
 from itertools import accumulate
 from pathlib import Path
 
-MODELS = ("base", "adapemu", "adapfu", "full", "small", "distilled", "proxy")
+MODELS = {"base": "x", "adapemu": "s", "adapfu": "o", "full": "o", "small": "s", "distilled": "D",
+          "proxy": "o"}             # the mark of each
 
 
 def read_log(folder) -> list[dict[str, float]]:
@@ -36,21 +37,22 @@ def exchanged(rows) -> tuple[list[float], list[float]]:
 
 
 def draw(runs: dict[str, list[dict]], plt):
-    """One panel a quantity, one colour a run; a model's accuracy has its own dash."""
+    """One panel a quantity, one colour a run; a model's accuracy has its own mark."""
     figure, axes = plt.subplots(1, 5, figsize=(20, 4), layout="constrained")
     titles = ("client loss", "alignment: L2", "alignment: KL", "accuracy",
               "MB a client, down + up, so far")
     for axis, title in zip(axes, titles):
         axis.set(title=title, xlabel="round")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     for i, (label, rows) in enumerate(runs.items()):
         colour = f"C{i}"
         for axis, name in zip(axes, ("client_loss", "align_l2", "align_kl")):
             axis.plot(*column(rows, name), color=colour, label=label)
-        models = [name for name in MODELS if any(name in row for row in rows)]
-        for name, dash in zip(models, (":", "--", "-", "-.")):
-            axes[3].plot(*column(rows, name), dash, color=colour, marker="o", markersize=3,
-                         label=f"{label}: {name}")
+        for name, mark in MODELS.items():
+            if any(name in row for row in rows):
+                axes[3].plot(*column(rows, name), color=colour, marker=mark, markersize=7,
+                             label=f"{label}: {name}")
         axes[4].plot(*exchanged(rows), color=colour)
     for axis in (axes[0], axes[3]):
         axis.legend(fontsize=7)
@@ -69,7 +71,7 @@ def main(argv=None):
     try:
         import matplotlib
     except ImportError:
-        sys.exit("error: matplotlib is not installed; pip install -r benchmarks/requirements.txt")
+        sys.exit("error: matplotlib is not installed; pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     draw(runs, plt).savefig(args.out, dpi=120)

@@ -1,8 +1,9 @@
-"""What README.md says of the code."""
+"""What README.md says of the code, and what the lesson is held to."""
 import importlib
 import inspect
 import re
 
+from docs import run_lesson
 from tests.common import HERE
 
 MAP = re.compile(r"^\| (Eq\. [\d–-]+|Algorithm [12](?:, lines? [\d–-]+)?|AdapEmu, AdapFu) "
@@ -68,3 +69,19 @@ def test_the_readmes_map_numbers_the_equations_as_the_paper_does():
             assert word in what, f"README.md: {paper}: {what!r} does not speak of {word!r}, Eq. {n}"
     missing = {"Algorithm 1", "Algorithm 2", *EQUATIONS} - papers
     assert not missing, f"README.md's map of the paper: not there: {missing}"
+
+
+def test_the_lesson_is_compared_word_by_word_and_number_by_number():
+    # kills: numbers not compared; two results that changed places; words passed over; no tolerance
+    # for another CPU's sums
+    said = "base 0.22\nadapemu 0.36\nadapfu 0.74\n"
+    assert run_lesson.alike(said, said)
+    assert run_lesson.alike(said, "base 0.23\nadapemu 0.34\nadapfu 0.78\n")
+    for other in ("base 0.36\nadapemu 0.22\nadapfu 0.74\n", "base 0.22\nadapemu 0.36\nadapfu 0.60\n",
+                  "base 0.22\nadapemu 0.36\nadapfu -0.74\n", "base 0.22\nadapemu 0.36\n",
+                  said.replace("adapfu", "full"), said + "1 of 2\n"):
+        assert not run_lesson.alike(said, other), other
+    assert not run_lesson.alike("layers 8\n", "layers 9\n"), "a whole number is a word"
+    near = "0.171\n0.178\n", "0.178\n0.171\n"
+    assert run_lesson.alike(*near), "less than 0.01 apart: either order"
+    assert not run_lesson.alike("0.30\n0.32\n", "0.32\n0.30\n")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -660,6 +661,20 @@ def test_a_run_belongs_to_the_checkpoint_that_it_began_with_from_every_folder():
         one_line(cli("--run", "other", main=evaluation.main), "another --ckpt consolidated.00.pth")
         (path / "ckpt").rename(path / "elsewhere")
         one_line(cli(*evaluated, main=evaluation.main), "no --ckpt consolidated.00.pth")
+
+
+def test_the_summary_has_the_peak_of_the_runs_own_gpu():
+    # kills: the peak of the current device for --device cuda:1
+    peaks = {torch.device("cuda:1"): 7 * 2**30}
+    with folder() as path, patch.object(torch.cuda, "max_memory_allocated", peaks.__getitem__):
+        (path / "config.json").write_text("{}")
+        row = {"bytes_down": 1, "bytes_up": 1}
+        run = SimpleNamespace(
+            folder=path, cfg=train.parse([]), rows=[row],
+            server=SimpleNamespace(state_dict=lambda: {"learnt": {}}),
+            state={"metrics": {}, "seconds": 1.0, "depends_on": {}})
+        summary = train.Run.finish(run, 1, 1, torch.device("cuda:1"))
+        assert summary["peak_memory_bytes"] == 7 * 2**30
 
 
 def test_what_a_killed_process_left_half_written_is_removed():
