@@ -24,7 +24,7 @@ import model
 import train
 from model import LM, ModelConfig, UserError
 from tests.common import (
-    PARAMS, RUN_FILES, WEIGHTS, Evil, assert_same_run, cli, config, copied, errors_in,
+    PARAMS, RUN_FILES, WEIGHTS, Evil, assert_same_run, cli, copied, errors_in,
     fast_scores, folder, gsm8k_folder, hf_folder, hf_state, meta_folder, off, one_line, pair, raw,
     read_json, read_log, read_saved, refused, run_rounds, same, small_run, start,
     stopped_before_evaluation, tiny_lm, toy_shard,

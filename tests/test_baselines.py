@@ -354,7 +354,7 @@ def test_fedtt_plus_average_of_cores_is_the_average_of_matrices():
 
 
 def test_fedtt_plus_sends_one_core_a_matrix_and_moves_no_other():
-    # kills: all cores sent; an optimizer over all; state carried from client to client; a latecomer
+    # kills: all cores sent; state carried from client to client; a latecomer
     # with stale cores
     server, client, records = method_run("fedtt+", tiny_lm(n_layers=2), 1)
     fresh = fedtt.Server(tiny_lm(n_layers=2), None, server.cfg)
@@ -577,6 +577,23 @@ def test_a_method_and_a_task_are_added_as_a_row_and_a_file_of_each():
 
 
 # ---- all of them --------------------------------------------------------------------------------
+
+def test_a_clients_optimizer_has_what_is_tuned_and_nothing_else():
+    # kills: an optimizer over all of a client's parameters, or over all that it received
+    for method in ("fedbiot", "fedot", "fedavg", "fedtt", "fedtt+"):
+        cfg, module, given = method_config(method), train.method_of(method), []
+        server = module.Server(tiny_lm(), toy_shard(), cfg)
+        client = module.Client(server.bootstrap(), cfg)
+
+        def watched(parameters, *more, real=torch.optim.AdamW, **options):
+            given.append([*parameters])
+            return real(given[-1], *more, **options)
+        payload = server.broadcast(0)
+        with patch.object(torch.optim, "AdamW", watched):
+            client.update(0, payload, toy_shard(), 0)
+        assert [[*map(id, tuned)] for tuned in given] == [[*map(id, client.tuned.values())]], method
+
+
 
 def test_every_method_resumes_bit_for_bit():
     # kills: a part of the state not saved; randomness carried from round to round

@@ -2,7 +2,6 @@
 import contextlib
 import hashlib
 import io
-import json
 from collections import Counter
 from types import SimpleNamespace
 from unittest.mock import patch

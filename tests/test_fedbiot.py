@@ -12,7 +12,7 @@ import fedbiot
 import lora
 import train
 from tests.common import (
-    asserts, config, copied, noisy_lora, off, pair, random, random_tokens, refused, run_rounds,
+    asserts, config, copied, off, pair, random, random_tokens, refused, run_rounds,
     same, slow_forward, slow_logits, tiny_lm, toy_server, toy_shard, true_ce,
 )
 
@@ -381,6 +381,22 @@ def test_alignment_steps_match_float64_by_hand():
         assert off([down[n] - before[n] for n in tuned], moved) < 1e-2, changes
 
 
+def test_the_alignments_record_is_the_mean_of_its_last_ten_steps():
+    # kills: the mean of all steps; the last step alone
+    server, seen = toy_server(), []
+
+    def watched(batch, real=server.alignment_losses):
+        seen.append(real(batch))
+        return seen[-1]
+    server.alignment_losses = watched
+    server.align(0, 14)
+    for name in ("l2", "kl"):
+        last = [terms[name][1].item() for terms in seen]
+        mean = sum(last[4:]) / 10
+        assert abs(server.measured[f"align_{name}"] - mean) < 1e-6 * mean, name
+        assert abs(sum(last) / 14 - mean) > 1e-3 * mean < abs(last[-1] - mean), "they differ"
+
+
 def losses_of(server, batch) -> dict:
     """The alignment's losses without their weights."""
     return {name: value.item() for name, (_, value) in server.alignment_losses(batch).items()}
@@ -616,7 +632,7 @@ def test_alignment_is_done_before_the_first_round_and_between_rounds():
 
 
 def test_frozen_weights_do_not_move_in_a_round():
-    # kills: optimizer over all parameters
+    # kills: an optimizer over all parameters of a client whose weights are not frozen
     for dtype in (torch.float32, torch.bfloat16):
         server, client = pair(dtype=dtype)
         before = copied(server.full.state_dict())

@@ -17,7 +17,7 @@ import torch
 import lora
 import model
 from extras import sampling
-from model import LM, ModelConfig, UserError
+from model import LM, ModelConfig
 from tests.common import (BUNDLED_TOKENIZER, CONFIG, PARAMS, Evil, asserts, folder, hf_folder,
                           meta_folder, noisy_lora, off, random, random_tokens, refused, same,
                           slow_forward, slow_logits, tiny_lm, with_lora)
