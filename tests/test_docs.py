@@ -78,7 +78,8 @@ def test_the_lesson_is_compared_word_by_word_and_number_by_number():
     assert run_lesson.alike(said, said)
     assert run_lesson.alike(said, "base 0.23\nadapemu 0.34\nadapfu 0.78\n")
     for other in ("base 0.36\nadapemu 0.22\nadapfu 0.74\n", said.replace("0.74", "0.60"),
-                  said.replace("0.74", "-0.74"), "base 0.22\nadapemu 0.36\n", said.replace("adapfu", "full"), said + "1 of 2\n"):
+                  said.replace("0.74", "-0.74"), "base 0.22\nadapemu 0.36\n",
+                  said.replace("adapfu", "full"), said + "1 of 2\n"):
         assert not run_lesson.alike(said, other), other
     assert not run_lesson.alike("layers 8\n", "layers 9\n"), "a whole number is a word"
     near = "0.171\n0.178\n", "0.178\n0.171\n"
