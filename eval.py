@@ -95,7 +95,7 @@ class EvalConfig:
     temperature: float | None = option(None, "0.1, for one sample 0")
     top_k: int = option(40, "sample among so many pieces (0: all)")
     top_p: float = option(0.75, "among those of this probability", least=1e-9, most=1)
-    k: int = option(0, "the k of pass@k; 0: 1, and also 10 where there are 10 samples")
+    k: int = option(0, "k of pass@k; 0: 1, and 10 where there are 10 samples")
     run_code: bool = option(False, "run a model's programs, each in a sandbox")
     unsafe_no_sandbox: bool = option(False, "run them without one where none works")
     save_predictions: str | None = option(None, "keep the last model's programs there")
@@ -183,8 +183,7 @@ def score_predictions(cfg: EvalConfig) -> dict:
     return room("tasks.gsm8k").score_predictions(cfg)
 
 def report(result: dict):
-    print(f"gsm8k: {result['correct']} of {result['total']} correct, accuracy "
-          f"{result['accuracy']:.2%}")
+    print("gsm8k: {correct} of {total} correct, accuracy {accuracy:.2%}".format(**result))
 
 # ---- runs ---------------------------------------------------------------------------------------
 def restore(server, state: dict, folder: Path):
@@ -252,7 +251,7 @@ def main(argv=None) -> int:
         raise UserError("--run and --ckpt: a run knows its checkpoint; give one of them")
     for name, other in (("model", "run"), ("format", "export")):
         if name in given and other not in given:
-            raise UserError(f"{flag(name)} {given[name]}: expected {flag(other)} beside it")
+            raise UserError(f"{flag(name)} {given[name]}: expected {flag(other)} too")
     asked = sorted(given.keys() & {"prompt", "export", "predictions"})
     if asked[1:]:
         raise UserError(f"{' and '.join(map(flag, asked))}: expected one at a time")
@@ -278,7 +277,8 @@ def main(argv=None) -> int:
     if args.export:
         room("extras.huggingface").export(lm, Path(args.export), args.format, args.ckpt)
     elif args.prompt is not None:
-        print(complete(lm, tokenizer, args))
+        text = complete(lm, tokenizer, args)
+        print(json.dumps({"text": text}) if args.json else text)
     else:
         scorer = room(TASKS[args.task].module)
         if args.predictions:

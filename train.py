@@ -107,7 +107,7 @@ def resolve(given: dict) -> RunConfig:
     return cfg
 
 def as_json(cfg) -> dict:
-    """A run's settings, with absolute paths."""
+    """Settings, with absolute paths."""
     return {name: os.path.abspath(value) if value and name.endswith(("ckpt", "dir")) else value
             for name, value in asdict(cfg).items() if name not in ("resume", "plan", "json")}
 

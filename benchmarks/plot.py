@@ -36,25 +36,33 @@ def exchanged(rows) -> tuple[list[float], list[float]]:
     return column(rows, "round")[0], [b / 1e6 for b in so_far]
 
 
+def measured(runs: dict[str, list[dict]]) -> list[str]:
+    """The losses of any run, in the log's order: the client's, and every term of the alignment."""
+    names = (name for rows in runs.values() for row in rows for name in row)
+    return list(dict.fromkeys(n for n in names if n == "client_loss" or n.startswith("align_")))
+
+
 def draw(runs: dict[str, list[dict]], plt):
     """One panel a quantity, one colour a run; a model's accuracy has its own mark."""
-    figure, axes = plt.subplots(1, 5, figsize=(20, 4), layout="constrained")
-    titles = ("client loss", "alignment: L2", "alignment: KL", "accuracy",
-              "MB a client, down + up, so far")
+    losses = measured(runs)
+    titles = [*losses, "accuracy", "MB a client, down + up, so far"]
+    figure, axes = plt.subplots(1, len(titles), figsize=(4 * len(titles), 4), sharex=True,
+                                layout="constrained")
     for axis, title in zip(axes, titles):
-        axis.set(title=title, xlabel="round")
+        axis.set(title=title.replace("_", " "), xlabel="round")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
+    *of_losses, accuracy, megabytes = axes
     for i, (label, rows) in enumerate(runs.items()):
         colour = f"C{i}"
-        for axis, name in zip(axes, ("client_loss", "align_l2", "align_kl")):
+        for axis, name in zip(of_losses, losses):
             axis.plot(*column(rows, name), color=colour, label=label)
         for name, mark in MODELS.items():
             if any(name in row for row in rows):
-                axes[3].plot(*column(rows, name), color=colour, marker=mark, markersize=7,
-                             label=f"{label}: {name}")
-        axes[4].plot(*exchanged(rows), color=colour)
-    for axis in (axes[0], axes[3]):
+                accuracy.plot(*column(rows, name), color=colour, marker=mark, markersize=7,
+                              label=f"{label}: {name}")
+        megabytes.plot(*exchanged(rows), color=colour)
+    for axis in (axes[0], accuracy):
         axis.legend(fontsize=7)
     return figure
 

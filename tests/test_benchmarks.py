@@ -16,7 +16,8 @@ def write_log(run, rows):
 
 
 def test_curves_read_every_column_of_the_log():
-    # kills: bytes of one direction; not cumulative; an empty cell read
+    # kills: bytes of one direction; not cumulative; an empty cell read; the alignment's terms by
+    # name, so that a fork's new term has no panel
     plot = benchmark("plot")
     first = {"round": 1, "client_loss": 2.0, "bytes_down": 3e6, "bytes_up": 1e6, "seconds": 1.0}
     second = first | {"round": 2, "client_loss": 1.0, "bytes_up": 2e6, "adapfu": 0.5}
@@ -26,6 +27,8 @@ def test_curves_read_every_column_of_the_log():
         assert plot.exchanged(rows) == ([1, 2], [4, 9])
         assert plot.column(rows, "adapfu") == ([2], [0.5])
         assert plot.column(rows, "align_kl") == ([], [])
+        new = {"a": rows, "b": [second | {"align_l2": 1.0, "align_of_a_fork": 2.0}]}
+        assert plot.measured(new) == ["client_loss", "align_l2", "align_of_a_fork"]
         needs("matplotlib")
         with contextlib.redirect_stdout(io.StringIO()):
             plot.main([str(path), str(path), "--out", str(path / "p.png")])

@@ -149,7 +149,7 @@ def test_scoring_a_model_prompts_like_training_and_counts_by_hand():
 
 
 def test_prompts_are_completed_on_stdout_and_nothing_else():
-    # kills: the prompt printed too; a template around it
+    # kills: the prompt printed too; a template around it; --json without JSON
     t, lm = tokenizer(), tiny_lm(vocab_size=1024)
     with folder() as path:
         meta_folder(path / "c", lm, tokenizer=True)
@@ -159,6 +159,8 @@ def test_prompts_are_completed_on_stdout_and_nothing_else():
         ids = model.generate(lm, [prompt], 9, t.eos)[0]
         assert (status, err) == (0, "")
         assert out == t.decode(prompt + ids)[len("Once upon"):] + "\n"
+        asked = "--prompt", "Once upon", "--json", *argv
+        assert json.loads(cli(*asked, main=evaluation.main)[1]) == {"text": out[:-1]}
 
 
 def test_an_output_that_takes_nothing_is_one_line():
