@@ -28,7 +28,7 @@ from lora import add_lora, copy_into, lora_tensors
 from model import LM, ModelConfig, UserError
 
 Payload = dict[str, Tensor]
-SERVER = 1 << 20  # the server's number in random keys (seed, round, client)
+SERVER = 1 << 20  # the server, as the client of a random key
 MOST_EXAMPLES, MOST_LOSS = 10**9, 1e6  # that a client may report
 
 def option(default, text, **extra):
@@ -499,7 +499,7 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
     return {m: result for m, result in results.items() if not reasons[m]}
 
 def federate(server, client, shards, cfg, wire, first_round: int = 0):
-    """Algorithm 2: one record a round, for any Server and Client of the protocol. Before it,
+    """Algorithm 2: one record a round, for any Server and Client. Before it,
     train.py calls Server.bootstrap, with Eq. 5; a resumed run begins at `first_round`."""
     for t in range(first_round, cfg.rounds):
         start = time.perf_counter()

@@ -342,7 +342,7 @@ class Run:
         return summary
 
 def serve(cfg: RunConfig, config: ModelConfig, folder: Path, costs: dict, device, processes):
-    """The server's side, in one process the clients' too: from the data to the summary."""
+    """The server's side, in one process the clients' too."""
     start, method = time.perf_counter(), method_of(cfg.method)
     tokenizer, known = load_tokenizer(cfg.ckpt, config), depends_on(cfg)
     public = make_public(cfg.data_dir, tokenizer, cfg.max_len)
