@@ -4,8 +4,9 @@
     python benchmarks/gpu.py decode      a decoding step beside what reading the weights takes
     python benchmarks/gpu.py reads       how often the host waits for the device
     python benchmarks/gpu.py memory      a step's peak beside what `train.py --plan` counts
+    python benchmarks/gpu.py halves      generation in too little memory: batches become smaller
 
---device cpu --shape tiny tries all but `reads` without a GPU (memory: set the variable
+--device cpu --shape tiny tries all but `reads` and `halves` without a GPU (memory: set the variable
 MALLOC_MMAP_THRESHOLD_=65536, or the C library keeps more than is live).
 """
 import argparse
@@ -137,11 +138,22 @@ def memory_table(args) -> list[dict]:
     return rows
 
 
+def halves(args) -> list[dict]:
+    """Generation with 64 long prompts where 2 GiB are free ends, with a note for each halving."""
+    lm, vocab = random_lm(SHAPES[args.shape], None, args), SHAPES[args.shape].vocab_size
+    prompts = torch.randint(3, vocab, (64, 1024), generator=generator(5)).tolist()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**31) / total)
+    texts = generate(lm, prompts, 8, -1, len(prompts))
+    return [{"what": "64 prompts of 1,024 tokens in 2 GiB", "texts": len(texts),
+             "peak GiB": torch.cuda.max_memory_allocated() / 2**30}]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=("card", "decode", "reads", "memory"))
+    add("what", choices=("card", "decode", "reads", "memory", "halves"))
     add("--device", default="cuda", choices=("cpu", "cuda"))
     add("--dtype", default="bf16", choices=("bf16", "fp32"))
     add("--shape", default="7b", choices=SHAPES)
@@ -154,8 +166,8 @@ def main():
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: no GPU here that PyTorch can use")
     with torch.no_grad() if args.what == "decode" else torch.enable_grad():
-        table({"card": card, "decode": decode, "reads": reads,
-               "memory": memory_table}[args.what](args))
+        table({"card": card, "decode": decode, "reads": reads, "memory": memory_table,
+               "halves": halves}[args.what](args))
     print()
 
 
