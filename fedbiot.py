@@ -489,8 +489,8 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
         if not math.isfinite(norm):
             reasons[m] = "not all of its numbers are finite; try a smaller --lr"
         elif 0 < bound * usual < norm:
-            reasons[m] = (f"it moved {norm:.3g}, more than --max-update-norm {bound:g} times "
-                          f"the round's median {usual:.3g}")
+            reasons[m] = (f"it is {norm:.3g} from what was sent, over --max-update-norm {bound:g} "
+                          f"times the round's median {usual:.3g}")
     for m in (m for m in results if reasons[m]):
         print(f"round {t + 1}, client {m}: rejected, {reasons[m]}", file=sys.stderr)
     if all(reasons.values()):

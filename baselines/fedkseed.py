@@ -5,10 +5,10 @@
     g, a    (L(w + eps z) - L(w - eps z)) / 2 eps;  accumulator: w = w0 - eta sum_j a_j z(s_j)
     p       Pro: how often s_j is drawn;  tau, eta: local_steps, lr
 
-A client walks an fp32 copy in place, so a step needs an inference's memory and one parameter's
+A client updates an fp32 copy in place, so a step needs an inference's memory and one parameter's
 noise. Each round begins at `start`, replayed from w0 once for all clients of a process: so on the
 CPU a run that was resumed, or has more processes, is bit for bit the one never stopped. Two fp32
-copies at a time, `start` and what walks or is evaluated. The host reads g once, after all steps.
+copies at a time: `start`, and one that is updated or evaluated. The host reads g once, at the end.
 """
 import math
 import random
@@ -54,7 +54,7 @@ def replay(weights: list[Tensor], a: Tensor, master: int, eta: float):
 
 
 def fp32_copy(weights: Payload, device) -> LM:
-    """The model, to be walked in place: in one process the given tensors are the server's own."""
+    """The model, to be updated in place: in one process the given tensors are the server's own."""
     copies = {name: t.to(device, torch.float32, copy=True) for name, t in weights.items()
               if name != "config"}
     return lm_from(copies | {"config": weights["config"]}, device)
@@ -122,7 +122,7 @@ class Server(fedavg.Server):
 
 
 class Client:
-    """Walks along tau random directions; uploads which, and how far."""
+    """Takes tau steps along random directions; uploads which, and how far along each."""
 
     def __init__(self, bootstrap: Payload, cfg, device="cpu"):
         self.cfg, self.given = cfg, lm_from(bootstrap, device)
@@ -143,7 +143,7 @@ class Client:
         losses = [loss for loss in losses.tolist() if math.isfinite(loss)]
         if len(losses) < tau:
             print(f"note: round {t + 1}, client {m}: {tau - len(losses)} of {tau} steps had no "
-                  f"finite loss and moved nothing", file=sys.stderr)
+                  f"finite loss and changed nothing", file=sys.stderr)
         loss = sum(losses) / len(losses) if losses else math.nan        # NaN: `accepted` says so
         return {"j": j.int(), "g": g.float()}, {"loss": loss}
 

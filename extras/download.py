@@ -58,6 +58,7 @@ def fetch(path: Path, name: str):
 
 @contextlib.contextmanager
 def fetching(path: Path, url: str):
+    """A failed transfer in the block becomes one line: what is missing, and where it comes from."""
     try:
         yield
     except OSError as error:                            # urllib's errors are OSErrors

@@ -234,9 +234,9 @@ class Processes:
         for if its header fits; else it is the header, which `accepted` rejects."""
         order = self.busy[rank]
         if order.transfer.done():
-            moved = order.transfer.result()                 # raises the transfer's error
+            upload = order.transfer.result()                # raises the transfer's error
             if order.metrics is not None:
-                return moved, order.metrics
+                return upload, order.metrics
         if order.metrics is not None or (message := self.look(rank)) is None:
             return None
         metrics, header = message

@@ -174,7 +174,7 @@ HOSTILE = {                                                 # a word of the reas
     "its loss is None": lambda u, metrics: (u, {}), "its loss is 1000000": claims(loss=10**400),
     "its loss is '1'": claims(loss="1"), "its loss is True": claims(loss=True),
     "--max-update-norm 10": each(lambda p: p + 3),
-    "more than": edited(lambda u: u[first_of(u)].fill_(3e38)),  # its square overflows fp32
+    "median": edited(lambda u: u[first_of(u)].fill_(3e38)),     # its square overflows fp32
 }
 
 
