@@ -1,4 +1,4 @@
-"""Evaluation of a run, a checkpoint, or a file of predictions: FedBiOT section 4.1, Appendix A.
+"""Evaluation of runs, checkpoints and predictions: FedBiOT section 4.1, Appendix A.
 
     python eval.py --run runs/gsm8k-fedbiot-b0.2-s2-seed0 --model adapfu
     python eval.py --ckpt llama-2-7b --data-dir data --task dolly --limit 200
@@ -98,7 +98,7 @@ class EvalConfig:
     k: int = option(0, "k of pass@k; 0: 1, and 10 where there are 10 samples")
     run_code: bool = option(False, "run a model's programs, each in a sandbox")
     unsafe_no_sandbox: bool = option(False, "run them without one where none works")
-    save_predictions: str | None = option(None, "keep the last model's programs there")
+    save_predictions: str | None = option(None, "keep the last model's programs")
     validate: int = option(0, "GSM8K: keep back and score the last N training rows")
     seed: int = option(0, "seed of everything")
     device: str = option("auto", "cpu, cuda, cuda:1, …; auto: a GPU where there is one")
@@ -149,7 +149,7 @@ def read_training(data_dir) -> list[Row]:
             for question, answer in read_pairs(data_dir, "train")]
 
 def read_gold(cfg: EvalConfig) -> tuple[list[str], list[Decimal]]:
-    """The questions that are scored, and the numbers behind the last `####` of their answers."""
+    """Questions, and the numbers behind the last `####` of their answers."""
     split = "train" if cfg.validate else "test"
     pairs, gold = read_pairs(cfg.data_dir, split), []
     for i, (_, answer) in enumerate(pairs, 1):

@@ -1,6 +1,6 @@
 """FedBiOT: Wu, Li, Li, Ding, Gao, KDD 2024 (doi 10.1145/3637528.3671897).
 
-Read from the end: `federate` is Algorithm 2. Equations are numbered as the paper prints them:
+Read from the end: `federate` is Algorithm 2. The paper's equations:
 
     layer_extract                   Algorithm 1     the emulator's and the adapter's layers
     linear_cross_entropy            Eq. 1           F_m, a client's loss
@@ -433,8 +433,8 @@ class Wire:
     """Server and clients in one process, one client after the other."""
     def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> tuple:
         """The work of the `chosen`: {client: (upload, metrics)}, and the bytes of every payload
-        down and up. metrics["examples"] is the |D_m| of Eq. 2; `expected` is for other wires."""
-        results = {}
+        down and up. metrics["examples"] is the |D_m| of Eq. 2."""
+        results = {}  # `expected`: for other wires
         for m in tqdm(chosen, f"round {t + 1}", leave=False, disable=None):
             upload, metrics = client.update(t, payload, shards[m], m)
             results[m] = upload, metrics | {"examples": len(shards[m])}
@@ -499,8 +499,8 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
     return {m: result for m, result in results.items() if not reasons[m]}
 
 def federate(server, client, shards, cfg, wire, first_round: int = 0):
-    """Algorithm 2: one record a round, for any Server and Client. Before it,
-    train.py calls Server.bootstrap, with Eq. 5; a resumed run begins at `first_round`."""
+    """Algorithm 2: a record a round, for any Server and Client. Before it train.py calls
+    Server.bootstrap, with Eq. 5; a resumed run begins at `first_round`."""
     for t in range(first_round, cfg.rounds):
         start = time.perf_counter()
         payload = server.broadcast(t)  # lines 3-7: align E, send A and E

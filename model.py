@@ -33,7 +33,7 @@ def room(name: str):
 # ---- files --------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def expecting(what: str, where):
-    """What goes wrong in the block becomes one line about the file `where`, if it is none yet."""
+    """What goes wrong in the block becomes one line about `where`, if it is none yet."""
     try:
         yield
     except Exception as error:  # a damaged file raises nearly anything
@@ -152,9 +152,7 @@ class ModelConfig:
             raise UserError(f"dim {self.dim}, not a multiple of 2 x n_heads {self.n_heads}, or "
                             f"n_heads not one of n_kv_heads {self.n_kv_heads}")
 
-    @property
-    def head_dim(self):
-        return self.dim // self.n_heads
+    head_dim = property(lambda self: self.dim // self.n_heads)
 
     @classmethod
     def read(cls, folder) -> "ModelConfig":
@@ -195,12 +193,13 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 def remember(cache: Tensor, k: Tensor, v: Tensor, slots, mask):
     """Writes keys and values (B, G, T, d) into a block's cache (2, B, G, S, d); returns those to
     attend to. A slot is an absolute position: new tokens overwrite the prompt's padding."""
-    if slots is None:  # the prompts, from slot 0 on
-        cache[0, :, :, :k.shape[2]], cache[1, :, :, :v.shape[2]] = k, v
-        return k, v
-    rows = torch.arange(len(slots), device=slots.device)
-    cache[0, rows, :, slots], cache[1, rows, :, slots] = k[:, :, 0], v[:, :, 0]
-    return cache[:, :, :, :mask.shape[-1]]
+    if torch.is_tensor(slots):  # one token a row
+        rows = torch.arange(len(slots), device=slots.device)
+        cache[0, rows, :, slots], cache[1, rows, :, slots] = k[:, :, 0], v[:, :, 0]
+        return cache[:, :, :, :mask.shape[-1]]
+    end = slots + k.shape[2]  # tokens of the prompts
+    cache[0, :, :, slots:end], cache[1, :, :, slots:end] = k, v
+    return cache[:, :, :, :end]
 
 class Attention(nn.Module):
     def __init__(self, c: ModelConfig):
@@ -221,9 +220,11 @@ class Attention(nn.Module):
         if mask is None:  # q (B, H, T, d), k (B, G, T, d)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                                enable_gqa=q.shape[1] != k.shape[1])
-        else:  # one token a row; the query heads that share a key are the "tokens" (B, G, H/G, d)
-            q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)[:, :, None]
+        else:  # the query heads that share a key are further tokens: q (B, G, (H/G) T, d)
+            T, group = q.shape[2], q.shape[1] // k.shape[1]
+            q, mask = q.unflatten(1, (-1, group)).flatten(2, 3), mask.tile(group, 1)
+            y = F.scaled_dot_product_attention(q, k, v, mask)
+            y = y.unflatten(2, (group, T)).flatten(1, 2)
         return self.wo(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 class FeedForward(nn.Module):
@@ -303,13 +304,13 @@ class LM(nn.Module):
         angles = positions.float()[..., None, None] * freqs
         return torch.stack((angles.cos(), angles.sin()), -1)
 
-    def hidden(self, tokens, caches=None, slots=None, mask=None, rows=None, tap=None):
+    def hidden(self, tokens, caches=None, slots=0, mask=None, rows=None, tap=None):
         """tokens (B, T) -> (B, T, D) after the final norm, or (N, D) at positions b T + t = rows.
-        With `caches` (one a block): the prompts if `slots` is None, else one token a row at
-        position slots (B,), mask (B, 1, 1, S) over the cache. With `tap`, a key of `layers`: the
-        pair of what enters that layer at `rows` and of the above."""
-        T, device = tokens.shape[1], tokens.device
-        rope = self.rope(torch.arange(T, device=device) if slots is None else slots[:, None])
+        With `caches` (one a block): the prompts from slot `slots` on, behind others with mask
+        (T, S); or one token a row at position slots (B,), mask (B, 1, 1, S) over the cache. With
+        `tap`, a key of `layers`: the pair of what enters that layer at `rows` and of the above."""
+        ahead = torch.arange(tokens.shape[1], device=tokens.device)
+        rope = self.rope(slots[:, None] if torch.is_tensor(slots) else slots + ahead)
         x, *_, last = self.tok_embeddings(tokens), *self.layers  # (B, T, D)
         for n, (i, block) in enumerate(self.layers.items()):
             if tap is not None and int(i) == tap:
@@ -334,13 +335,8 @@ class Tokenizer:
             raise UserError(f"{path}: expected pieces that begin and end a text, found BOS "
                             f"{self.bos}, EOS {self.eos} (-1: none)")
         self.ends = tuple(dict.fromkeys((self.eos, *ends)))
-
-    def encode(self, text: str | list[str]) -> list:
-        """Ids of a text, or of several on all cores. No BOS, no EOS: data.py adds them."""
-        return self.pieces.encode(text)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.pieces.decode(ids)
+        # Ids of a text, or of several on all cores; and back. No BOS, no EOS: data.py adds them.
+        self.encode, self.decode = self.pieces.encode, self.pieces.decode
 
 def load_tokenizer(folder, config: ModelConfig) -> Tokenizer:
     """A folder's tokenizer.model. In Hugging Face's, further ids may end a text."""
@@ -380,9 +376,8 @@ def named_tensors(path: Path, config: ModelConfig):
 def load_weights(folder, config: ModelConfig, layer_ids=None, dtype=torch.float32,
                  device="cpu") -> LM:
     """An LM from a folder's weights, frozen, with `layer_ids` (default: all) of its layers.
-    Strict: every tensor of the architecture, in its shape, and no other weights; what stands twice
-    (in two files, or as a tied head) must be equal; else UserError. `dtype` None: as stored.
-    Shards are mapped one at a time. Device "meta": nothing is read."""
+    Strict: every tensor of the architecture, in its shape, no other weights; what stands twice
+    must be equal; else UserError. `dtype` None: as stored. Device "meta": nothing is read."""
     with torch.device("meta"):
         lm, part = LM.empty(config), LM.empty(config, layer_ids)
     if torch.device(device).type == "meta":
@@ -422,8 +417,7 @@ def load(folder, layer_ids=None, dtype=torch.float32, device="cpu") -> tuple[LM,
     """The model and the tokenizer of a checkpoint folder, Meta's or Hugging Face's."""
     config = ModelConfig.read(folder)
     tokenizer = load_tokenizer(folder, config)
-    if config.vocab_size == -1:
-        config = replace(config, vocab_size=tokenizer.vocab_size)
+    config = replace(config, vocab_size=tokenizer.vocab_size)
     return load_weights(folder, config, layer_ids, dtype, device), tokenizer
 
 # ---- generation ---------------------------------------------------------------------------------
@@ -439,7 +433,14 @@ def generate_batch(lm: LM, prompts, max_new_tokens: int, ends: tuple, pick) -> l
     last = torch.tensor(ends, device=device)
     done, finite = torch.zeros_like(rows).bool(), torch.ones_like(rows[:1]).bool()
     output = rows.new_full((len(prompts), max_new_tokens), ends[0])
-    x = lm.hidden(tokens, caches, rows=rows * longest + slots - 1)  # (B, D): each prompt's last
+    mask, n = None, len(os.path.commonprefix([p[:-1] for p in prompts]))
+    n = n if n >= 128 else 0
+    if n:  # few-shot prompts begin alike: that is computed once
+        lm.hidden(tokens[:1, :n], [cache[:, :1] for cache in caches])
+        for cache in caches:
+            cache[:, 1:, :, :n] = cache[:, :1, :, :n]
+        mask = torch.ones(longest - n, longest, dtype=torch.bool, device=device).tril(n)
+    x = lm.hidden(tokens[:, n:], caches, n, mask, rows * (longest - n) + slots - n - 1)  # (B, D)
     look_every = 1 if device.type == "cpu" else 16  # reading stalls a GPU
     for step in range(max_new_tokens):
         logits = lm.output(x)  # (B, V)

@@ -113,8 +113,7 @@ def as_json(cfg) -> dict:
 
 # ---- plan ---------------------------------------------------------------------------------------
 def plan(config: ModelConfig, cfg: RunConfig) -> dict:
-    """Layers, trainable parameters, MB a client a round (down + up), GMAC a token (Table 5), all
-    counted on "meta" from the objects of a run."""
+    """Layers and costs (Table 5; MB a client a round, down + up), counted on "meta"."""
     config = config if config.vocab_size > 0 else replace(config, vocab_size=32000)  # LLaMA's
     full = load_weights(cfg.ckpt, config, device="meta")
     method = method_of(cfg.method)
@@ -159,8 +158,8 @@ def made(folder: Path) -> bool:
         raise UserError(f"--out {folder}: cannot be made ({error.strerror})") from None
 
 def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
-    """--out, which needs --resume if it exists; or a default name, then -2, -3, …, where --resume
-    goes on with the last before a free one. A restart by torchrun resumes what is not finished."""
+    """--out, which needs --resume if it exists; or a default name, then -2, -3, …; --resume takes
+    the last of them. A restart by torchrun resumes what is not finished."""
     if cfg.out:
         if not made(Path(cfg.out)) and not (cfg.resume or restarted):
             raise UserError(f"--out {cfg.out}: exists already; add --resume to go on with it, "

@@ -37,7 +37,7 @@ class Proxy(nn.Module):
         three = (self.large, self.small, self.untuned)
         return [cache for lm in three for cache in lm.caches(batch, slots)]
 
-    def hidden(self, tokens: Tensor, caches=None, slots=None, mask=None, rows=None) -> Tensor:
+    def hidden(self, tokens: Tensor, caches=None, slots=0, mask=None, rows=None) -> Tensor:
         """(B, T) -> (B, T, D_L + D_S), or (N, D_L + D_S) at `rows`: what the heads read."""
         n, k = len(self.large.layers), len(self.large.layers) + len(self.small.layers)
         own = (caches[:n], caches[n:k], caches[k:]) if caches else (None, None, None)

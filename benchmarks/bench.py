@@ -36,6 +36,7 @@ from eval import read_pairs  # noqa: E402
 from fedbiot import Client, Config, Server, generator, layer_extract, weights_of  # noqa: E402
 from measuring import distance, fresh, peak_growth, status, table, timed  # noqa: E402
 from model import LM, ModelConfig, generate, load, load_weights  # noqa: E402
+from tasks.gsm8k import worked_examples  # noqa: E402
 
 SHAPES = {"tiny": ModelConfig(128, 12, 4, 2, 1024, 352),            # like the bundled model
           "small": ModelConfig(512, 32, 4, 4, 4000, 1376),          # LLaMA-2-7B at an eighth
@@ -428,7 +429,10 @@ def generate_side(side, batch, args):
     lm, tokenizer = load(args.ckpt, device=args.device)
     eos, n = tokenizer.eos, args.new_tokens
     pairs = read_pairs(args.data_dir, "test")[:args.prompts]
-    prompts = [[tokenizer.bos] + tokenizer.encode(prompt_of(question)) for question, _ in pairs]
+    texts = [prompt_of(question) for question, _ in pairs]
+    if args.shots:
+        texts = [f"{worked_examples(args.shots)}Q: {question}\nA:" for question, _ in pairs]
+    prompts = [[tokenizer.bos] + tokenizer.encode(text) for text in texts]
     prompts.sort(key=len)
     if side == "ours":
         return lambda: flat(generate(lm, prompts, n, eos, batch))
@@ -442,7 +446,8 @@ def generation(args):
     for side in ("ours", *args.peer):
         for batch in (16,) if side == "ours" else (16, 64):
             made[f"{side}, batch {batch}"] = lambda s=side, b=batch: generate_side(s, b, args)
-    yield Case(f"generate {args.prompts} prompts, fp32", made, 0.0, memory=False)
+    shots = f" of {args.shots} shots" * bool(args.shots)
+    yield Case(f"generate {args.prompts} prompts{shots}, fp32", made, 0.0, memory=False)
 
 
 # ---- growth -------------------------------------------------------------------------------------
@@ -537,6 +542,7 @@ def main():
     add("--steps", type=int, default=2, help="client, server: steps that are timed together")
     add("--prompts", type=int, default=200)
     add("--new-tokens", type=int, default=256)
+    add("--shots", type=int, default=0, help="generate: worked examples in a prompt")
     add("--ckpt", default=str(ROOT / "tiny" / "llama"))
     add("--data-dir", default=str(ROOT / "tiny" / "data"))
     add("--scratch", help="load: where the checkpoint is made for a moment (7b: 13.5 GB)")

@@ -222,7 +222,8 @@ def evaluate(server, cfg):
     for lm in server.models().values():
         fit = CACHE_BYTES // (cache_of_a_token(lm) * (length + new))
         rows = cfg.eval_batch or min(max(fit, 1), 64)
-        generate(lm, [[1] * length] * rows, new, -1, rows)
+        prompts = [[1 + row % 2] * length for row in range(rows)]       # no common beginning
+        generate(lm, prompts, new, -1, rows)
 
 
 def cache_of_a_token(lm) -> int:

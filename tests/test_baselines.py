@@ -49,10 +49,11 @@ def sizes(tensors) -> int:
 
 def cached_equals_uncached(lm):
     """Generation with a cache, and hidden states at some rows, equal the plain forward pass."""
-    prompts = [[1, 5, 9], [1, 7, 20, 11, 30]]
-    for ids, prompt in zip(model.generate(lm, prompts, 6, 0), prompts):
-        for i, token in enumerate(ids):
-            assert lm(torch.tensor([prompt + ids[:i]]))[0, -1].argmax() == token
+    short = [[1, 5, 9], [1, 7, 20, 11, 30]]
+    for prompts in (short, [[3] * 130 + prompt for prompt in short]):
+        for ids, prompt in zip(model.generate(lm, prompts, 6, 0), prompts):
+            for i, token in enumerate(ids):
+                assert lm(torch.tensor([prompt + ids[:i]]))[0, -1].argmax() == token
     tokens, rows = random_tokens(2, 4), torch.tensor([1, 3, 7])
     assert off(lm.hidden(tokens, rows=rows), lm.hidden(tokens).flatten(0, 1)[rows]) < 1e-6
 

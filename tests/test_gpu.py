@@ -95,8 +95,9 @@ def test_the_host_reads_a_gpu_once_in_sixteen_tokens():
         server = module.Server(tiny_lm(n_layers=3).to("meta"), None, cfg)
         replayed, models = reads(server.models)
         assert not replayed, replayed
-        for heat in (0.0, 0.7):
-            found, texts = reads(lambda lm=models[name], heat=heat: generate(
-                lm, [[1, 2, 3], [1, 2]], 33, -1, temperature=heat, top_k=5, top_p=0.9))
+        for heat, alike in ((0.0, [1] * 130), (0.7, [])):       # alike: computed once
+            found, texts = reads(lambda lm=models[name], heat=heat, alike=alike: generate(
+                lm, [alike + [1, 2, 3], alike + [1, 2]], 33, -1, temperature=heat, top_k=5,
+                top_p=0.9))
             assert len(found) == 3 + 1, (name, heat, found)     # tokens 1, 17, 33, and the texts
             assert [len(text) for text in texts] == [33, 33]

@@ -475,6 +475,26 @@ def test_generation_is_the_argmax_of_every_step_without_a_cache():
     assert model.generate(lm, [], 5, 0) == []
 
 
+def test_what_prompts_begin_with_alike_is_computed_once_and_the_texts_are_the_same():
+    # kills: positions from 0 again behind the beginning; a mask that is a token off, or not
+    # repeated for the heads of a group; the beginning's keys in the first row alone; the last
+    # token's row; a prompt that is all beginning
+    beginning = random_tokens(1, 130)[0].tolist()
+    prompts = [beginning + prompt for prompt in PROMPTS] + [beginning]
+    for heads in (6, 2, 1):
+        lm, seen = tiny_lm(3, n_kv_heads=heads), []
+
+        def watched(tokens, *args, hidden=lm.hidden, **keywords):
+            seen.append(tuple(tokens.shape))
+            return hidden(tokens, *args, **keywords)
+        expected = [ended(free_text(lm, p, 9), [96]) for p in prompts]
+        with patch.object(lm, "hidden", watched):
+            assert model.generate(lm, prompts, 9, 96) == expected, heads
+        assert seen[:2] == [(1, 129), (len(prompts), max(map(len, prompts)) - 129)]
+        assert model.generate(lm, [prompts[0]] * 3, 9, 96) == expected[:1] * 3, "all alike"
+    assert model.generate(lm, [prompts[1]], 9, 96) == expected[1:2], "alone"
+
+
 def test_generation_ends_at_any_of_several_ids():
     # kills: the text is cut at the first of the ids alone
     lm = tiny_lm(3)
