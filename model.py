@@ -435,7 +435,7 @@ def generate_batch(lm: LM, prompts, max_new_tokens: int, ends: tuple, pick) -> l
     output = rows.new_full((len(prompts), max_new_tokens), ends[0])
     mask, n = None, len(os.path.commonprefix([p[:-1] for p in prompts]))
     n = n if n >= 128 else 0
-    if n:  # few-shot prompts begin alike: that is computed once
+    if n:  # few-shot prompts begin alike: computed once
         lm.hidden(tokens[:1, :n], [cache[:, :1] for cache in caches])
         for cache in caches:
             cache[:, 1:, :, :n] = cache[:, :1, :, :n]
