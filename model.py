@@ -222,8 +222,8 @@ class Attention(nn.Module):
                                                enable_gqa=q.shape[1] != k.shape[1])
         else:  # the query heads that share a key are further tokens: q (B, G, (H/G) T, d)
             T, group = q.shape[2], q.shape[1] // k.shape[1]
-            q, mask = q.unflatten(1, (-1, group)).flatten(2, 3), mask.tile(group, 1)
-            y = F.scaled_dot_product_attention(q, k, v, mask)
+            q = q.unflatten(1, (-1, group)).flatten(2, 3)
+            y = F.scaled_dot_product_attention(q, k, v, mask if T == 1 else mask.tile(group, 1))
             y = y.unflatten(2, (group, T)).flatten(1, 2)
         return self.wo(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
