@@ -220,7 +220,7 @@ class Attention(nn.Module):
         if mask is None:  # q (B, H, T, d), k (B, G, T, d)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                                enable_gqa=q.shape[1] != k.shape[1])
-        else:  # the query heads that share a key are further tokens: q (B, G, (H/G) T, d)
+        else:  # heads that share a key are further tokens: q (B, G, (H/G) T, d)
             T, group = q.shape[2], q.shape[1] // k.shape[1]
             q = q.unflatten(1, (-1, group)).flatten(2, 3)
             y = F.scaled_dot_product_attention(q, k, v, mask if T == 1 else mask.tile(group, 1))
