@@ -1,6 +1,6 @@
 """Run the tests: what is promised, one test a promise, in the order of reading.
 
-    python test_all.py [substring]          those whose names contain it
+    python test_all.py [substring]          those whose name, or file's name, contains it
 
 The tests are plain functions in tests/, one file a room; pytest finds them too. Each name is a
 claim, and the first failure is the cause. Each `# kills:` names mutations of the code that the test
@@ -31,7 +31,7 @@ def collected(substring: str) -> list[tuple[str, str]]:
     for name in [n for n in ORDER if n in names] + sorted(names.difference(ORDER)):
         text = (HERE / "tests" / f"test_{name}.py").read_text()
         tests = re.findall(r"^def (test_\w+)", text, re.MULTILINE)
-        found += [(f"tests.test_{name}", test) for test in tests if substring in test]
+        found += [(f"tests.test_{name}", t) for t in tests if substring in name or substring in t]
     return found
 
 
