@@ -193,10 +193,10 @@ def restore(server, state: dict, folder: Path):
     with expecting("what a run of this configuration and this code learnt", folder):
         server.load_state_dict(state)
 
-def models_of_run(folder: Path, device, dtype) -> tuple[dict, object, object]:
-    """(models by name, tokenizer, configuration) of a finished run."""
+def models_of_run(folder: Path, device, dtype, ckpt=None) -> tuple[dict, object, object]:
+    """(models, tokenizer, configuration) of a run; `ckpt`: where its checkpoint is now."""
     from train import method_of, read_run  # here: train.py imports this module
-    cfg = read_run(folder)
+    cfg = read_run(folder, ckpt)
     full, tokenizer = load(cfg.ckpt, dtype=dtype, device=device)
     server = method_of(cfg.method).Server(full, None, cfg)
     restore(server, {"learnt": read_saved(folder / "lora.pt")}, folder)
@@ -247,8 +247,6 @@ def complete(lm: LM, tokenizer, args: Command) -> str:
 def main(argv=None) -> int:
     given, cfg = vars(Parser(__doc__, Command).parse_args(argv)), None
     args = checked(Command, given)
-    if args.run and args.ckpt:
-        raise UserError("--run and --ckpt: a run knows its checkpoint; give one of them")
     for name, other in (("model", "run"), ("format", "export")):
         if name in given and other not in given:
             raise UserError(f"{flag(name)} {given[name]}: expected {flag(other)} too")
@@ -264,7 +262,7 @@ def main(argv=None) -> int:
     if not args.ckpt:
         suggested |= {name: BUNDLED[name] for name in ("shots", "samples")}
     if args.run:
-        models, tokenizer, cfg = models_of_run(Path(args.run), device, dtype)
+        models, tokenizer, cfg = models_of_run(Path(args.run), device, dtype, args.ckpt)
         name = args.model or [*models][-1]
         if name not in models:
             raise UserError(f"--model {name}: a {cfg.method} run has {', '.join(models)}")

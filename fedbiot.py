@@ -500,7 +500,7 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
 
 def federate(server, client, shards, cfg, wire, first_round: int = 0):
     """Algorithm 2: a record a round, for any Server and Client. Before it train.py calls
-    Server.bootstrap, with Eq. 5; a resumed run begins at `first_round`."""
+    Server.bootstrap, with Eq. 5."""
     for t in range(first_round, cfg.rounds):
         start = time.perf_counter()
         payload = server.broadcast(t)  # lines 3-7: align E, send A and E

@@ -239,8 +239,8 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """One pre-norm decoder layer: what FedBiOT drops, freezes, ships and averages. It does not
-    know its index: in an emulator it computes the same. `past`: (its cache, slots, mask), see
-    LM.hidden. `rows` (N,): the wanted positions b T + t; the feed-forward is spared the others."""
+    know its index. `past`: (its cache, slots, mask), see LM.hidden. `rows` (N,): the wanted
+    positions b T + t; the feed-forward is spared the others."""
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.attention = Attention(c)
@@ -434,7 +434,7 @@ def generate_batch(lm: LM, prompts, max_new_tokens: int, ends: tuple, pick) -> l
     done, finite = torch.zeros_like(rows).bool(), torch.ones_like(rows[:1]).bool()
     output = rows.new_full((len(prompts), max_new_tokens), ends[0])
     mask, n = None, len(os.path.commonprefix([p[:-1] for p in prompts]))
-    n = n if n >= 128 else 0
+    n = n if n >= max(128, longest // 2) else 0
     if n:  # few-shot prompts begin alike: computed once
         lm.hidden(tokens[:1, :n], [cache[:, :1] for cache in caches])
         for cache in caches:

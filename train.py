@@ -107,7 +107,7 @@ def resolve(given: dict) -> RunConfig:
     return cfg
 
 def as_json(cfg) -> dict:
-    """Settings, with absolute paths."""
+    """Settings; what a run reads has absolute paths."""
     return {name: os.path.abspath(value) if value and name.endswith(("ckpt", "dir")) else value
             for name, value in asdict(cfg).items() if name not in ("resume", "plan", "json")}
 
@@ -179,7 +179,7 @@ def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """A lock that ends with the process. Removes what a killed one left half-written."""
+    """A lock that ends with the process; removes what a killed one left half-written."""
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -207,25 +207,26 @@ def made_of(folder: Path) -> dict[str, str]:
     files = (folder / name for name in ("config.json", "lora.pt", "emulator.pt"))
     return {path.name: fingerprint(path) for path in files if os.path.isfile(path)}
 
-def read_run(folder: Path) -> RunConfig:
+def read_run(folder: Path, ckpt: str | None = None) -> RunConfig:
     """A finished run's configuration; its files are as the run wrote them."""
     if not os.path.isfile(folder / "summary.json"):
         raise UserError(f"--run {folder}: expected the folder of a finished run; another goes "
                         f"on with train.py --resume --out")
     with expecting("its files as the run wrote them, and its checkpoint", folder):
         values = read_json(folder / "config.json")
+        values["ckpt"] = ckpt or values["ckpt"]
         cfg = checked(config_of(values["method"]), values)
         then = read_json(folder / "summary.json")["made_of"]
         now = made_of(folder) | checkpoints(cfg)
         for name in then | now:
             if then.get(name) != now.get(name):
-                raise ValueError(f"{'another' if name in now else 'no'} {name}; restore it "
-                                 f"(its path: config.json), or train again")
+                raise ValueError(f"{'another' if name in now else 'no'} {name}; restore it, "
+                                 f"name its folder by --ckpt, or train again")
         return cfg
 
 def load_state(folder: Path, now: dict[str, str]) -> dict | None:
-    """What the last finished round left, or None. `now` is what the run depends on: flags, data
-    and checkpoint by name; a state of others is refused."""
+    """What the last finished round left, or None. `now`: what the run depends on, by name; a
+    state of others is refused."""
     path = folder / "state.pt"
     if not os.path.lexists(path):
         return None
@@ -238,10 +239,10 @@ def load_state(folder: Path, now: dict[str, str]) -> dict | None:
         state["seconds"] + sum(m["accuracy"] for m in state["metrics"].values())
         if "emulator.pt" in then:
             now = now | {"emulator.pt": fingerprint(folder / "emulator.pt")}
-    for name, value in now.items():
-        if value != then.get(name):
-            raise UserError(f"{path}: was made with {name} {then.get(name)}, now it is {value}; "
-                            f"resume with the same, or choose another --out")
+    for name in (*now, *(name for name in then if "ckpt " in name)):
+        if now.get(name) != then.get(name):
+            raise UserError(f"{path}: was made with {name} {then.get(name)}, now it is "
+                            f"{now.get(name)}; resume with the same, or choose another --out")
     return state
 
 def depends_on(cfg: RunConfig) -> dict[str, str]:
@@ -390,7 +391,8 @@ def run(argv=None, processes=None) -> int:
     device = pick_device(cfg.device)
     if processes and processes.rank:
         processes.serve(cfg, device)  # a client's process, until the end
-    folder = choose_folder(cfg, restarted=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    folder = choose_folder(cfg, restarted=restarts > 0)
     with locked(folder):
         serve(cfg, config, folder, costs, device, processes)
     return 0

@@ -6,13 +6,14 @@
     python benchmarks/bench.py shares     what of both steps the matrix products and attention are
     python benchmarks/bench.py load       a client's layers of a two-shard checkpoint
     python benchmarks/bench.py generate   greedy decoding of GSM8K, the same tokens
-    python benchmarks/bench.py growth     a client's step over depth, vocabulary, length, clients
+    python benchmarks/bench.py growth     over depth, vocabulary, length, clients, rounds
 
 Sides alternate in one process after their results were compared: minimum and median of --rounds of
 CPU time (CUDA: wall time). Memory: growth of the peak in a fresh process a side. The peers are in
 peers.py; an absent one says so.
 """
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -100,14 +101,20 @@ def measure(case: Case, number: int, args) -> list[dict]:
         per = case.units(side)
         rows[side] |= {"ms": min(ms[side]) / per, "median_ms": statistics.median(ms[side]) / per,
                        "ours/it": min(ms["ours"]) / min(ms[side])}
+    del step
     steps.clear()                               # their memory is the fresh processes' now
+    gc.collect()
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
     for side in ms if case.memory else ():
         if side != "products":
             try:
                 rows[side]["mb"] = fresh(memory_of, args, number, side)
-                rows[side]["ours/it mb"] = rows["ours"]["mb"] / max(rows[side]["mb"], 1e-9)
             except Exception as error:          # out of memory, for one
                 rows[side]["note"] = "memory " + absent(error)
+                continue
+            if "mb" in rows["ours"]:
+                rows[side]["ours/it mb"] = rows["ours"]["mb"] / max(rows[side]["mb"], 1e-9)
     return list(rows.values())
 
 

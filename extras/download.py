@@ -4,6 +4,7 @@
 """
 import contextlib
 import hashlib
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -61,7 +62,7 @@ def fetching(path: Path, url: str):
     """A failed transfer in the block becomes one line: what is missing, and where it comes from."""
     try:
         yield
-    except OSError as error:                            # urllib's errors are OSErrors
+    except (OSError, http.client.HTTPException) as error:       # urllib's are OSErrors
         raise UserError(f"{path}: not there, and {url} cannot be fetched ({error}); download it to "
                         f"that path") from None
 

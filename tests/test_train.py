@@ -610,6 +610,12 @@ def test_resume_refuses_other_data_and_another_checkpoint():
             one_line(cli(*flags, "--out", run, "--resume"), "state.pt", "made with", "--out")
             assert (run / "state.pt").read_bytes() == state
             file.write_bytes(content)
+        config = path / "ckpt" / "notes.json"               # one file fewer than at the start
+        config.write_text("{}")
+        with stopped_before_evaluation():
+            assert cli(*flags, "--out", path / "more")[0] == 130
+        config.unlink()
+        one_line(cli(*flags, "--out", path / "more", "--resume"), "notes.json", "now it is None")
         assert cli(*flags, "--out", run, "--resume")[0] == 0
         assert cli(*flags, "--out", path / "whole")[0] == 0
         assert_same_run(run, path / "whole")
@@ -647,7 +653,7 @@ def test_eval_refuses_a_run_whose_files_are_not_its_own():
 
 def test_a_run_belongs_to_the_checkpoint_that_it_began_with_from_every_folder():
     # kills: the checkpoint's fingerprints taken at the end; a relative --ckpt or --data-dir kept as
-    # it was given; a checkpoint that is gone said to be another
+    # it was given; a checkpoint that is gone said to be another; --ckpt beside --run passed over
     with folder() as path, fast_scores(), contextlib.chdir(path):
         flags, run = [*small_run(Path(".")), "--rounds", 1], path / "run"
         assert cli(*flags, "--out", "run")[0] == 0
@@ -660,7 +666,11 @@ def test_a_run_belongs_to_the_checkpoint_that_it_began_with_from_every_folder():
             assert cli(*flags, "--out", "other")[0] == 0
         one_line(cli("--run", "other", main=evaluation.main), "another --ckpt consolidated.00.pth")
         (path / "ckpt").rename(path / "elsewhere")
-        one_line(cli(*evaluated, main=evaluation.main), "no --ckpt consolidated.00.pth")
+        one_line(cli(*evaluated, main=evaluation.main), "no --ckpt consolidated.00.pth", "--ckpt,")
+        moved = *evaluated, "--ckpt", path / "elsewhere"
+        one_line(cli(*moved, main=evaluation.main), "another --ckpt consolidated.00.pth")
+        meta_folder(path / "elsewhere", tiny_lm(vocab_size=1024), tokenizer=True)
+        assert cli(*moved, main=evaluation.main)[0] == 0
 
 
 def test_the_summary_has_the_peak_of_the_runs_own_gpu():
