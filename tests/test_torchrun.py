@@ -512,3 +512,15 @@ def test_torchrun_restarts_a_killed_client_from_the_last_round():
         for line in ("round 1 |", "round 2 |", "client 0 | round 1 |", "client 0 | round 2 |"):
             assert len(re.findall(f"^{re.escape(line)}", done.stdout, re.M)) == 1, done.stdout
         assert_same_run(path / "one", path / "two")
+
+
+def test_a_rank_names_its_own_data_alone():
+    # kills: any name that a client's rank greets with, another client's or a file's, in the state
+    wire, known = object.__new__(torchrun.Processes), {}
+    wire.world, wire.travel, wire.post, wire.send = 4, *3 * [lambda *_: None]
+    greetings = {1: ["training data of client 0", "a"], 2: ["emulator.pt", "x"],
+                 3: ["training data of client 0", "b"]}
+    wire.wait = lambda rank: (greetings[rank], None)
+    with patch.dict(os.environ, LOCAL_WORLD_SIZE="4"):
+        wire.start_clients(train.parse([]), torch.device("cpu"), {}, known)
+    assert known == {"training data of client 0": "a"}
