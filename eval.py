@@ -86,7 +86,7 @@ class EvalConfig:
     task: str | None = option(None, "which task; default that of --run", choices=tuple(TASKS))
     ckpt: str | None = option(None, "folder of the model, Meta's or Hugging Face's")
     data_dir: str | None = option(None, "folder of the data files; default the bundled")
-    eval_limit: int = option(0, "N test examples, a language or scenario (0: all)")
+    eval_limit: int = option(0, "test examples to score, a language or scenario (0: all)")
     eval_batch: int = option(0, "sequences at a time (0: what 4 GB of cache hold)")
     # PAPER SILENT: shots, samples, temperature, top-k and top-p are those of the authors' code.
     shots: int = option(8, "worked examples in a prompt; bundled model 0")
@@ -98,7 +98,7 @@ class EvalConfig:
     k: int = option(0, "k of pass@k; 0: 1, and 10 where there are 10 samples")
     run_code: bool = option(False, "run a model's programs, each in a sandbox")
     unsafe_no_sandbox: bool = option(False, "run them without one where none works")
-    save_predictions: str | None = option(None, "keep the last model's programs")
+    save_predictions: str | None = option(None, "file for the last model's programs")
     validate: int = option(0, "GSM8K: keep back and score the last N training rows")
     seed: int = option(0, "seed of everything")
     device: str = option("auto", "cpu, cuda, cuda:1, …; auto: a GPU where there is one")
@@ -206,7 +206,7 @@ def models_of_run(folder: Path, device, dtype, ckpt=None) -> tuple[dict, object,
 @dataclass(frozen=True)
 class Command(EvalConfig):
     """Every flag of eval.py."""
-    eval_limit: int = option(0, "N test examples", flags=["--limit", "--eval-limit"])
+    eval_limit: int = option(0, "test examples to score", flags=["--limit", "--eval-limit"])
     eval_batch: int = option(0, "sequences at a time", flags=["--batch-size", "--eval-batch"])
     run: str | None = option(None, "run folder of train.py")
     model: str | None = option(None, "which of the run's models; default the last: adapfu")
@@ -219,7 +219,7 @@ class Command(EvalConfig):
 def main_guard(main):
     """Runs `main`: a user's mistake is one line and status 2, Ctrl-C one and 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # 2>&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed: 2>&-
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # a terminal may know ASCII alone
     try:

@@ -405,9 +405,9 @@ class Client:
             loss = self.loss(batch.to(self.lm.output.weight.device))
             losses.append(loss.detach())
             if cfg.prox:
-                loss = loss + cfg.prox / 2 * proximal(pairs, cfg.alpha / cfg.rank)
+                loss = loss + cfg.prox / 2 * proximal(pairs, cfg.alpha / cfg.rank)  # Eq. 6
             optimizer.zero_grad()
-            loss.backward()   # Eq. 9
+            loss.backward()  # Eq. 9
             optimizer.step()  # Eq. 10
         upload = {name: p.detach().clone() for name, p in self.tuned.items()}
         return upload, {"loss": torch.stack(losses).mean().item()}

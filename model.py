@@ -186,7 +186,7 @@ class RMSNorm(nn.RMSNorm):
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotary embedding of x (B, T, H, d), Meta's layout: neighbours (2i, 2i+1) are one complex
-    number, turned by its position's angle (on the CPU faster than cos and sin apart)."""
+    number, turned by its position's angle."""
     z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, d/2)
     return torch.view_as_real(z * torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
 
@@ -477,7 +477,7 @@ def generate(lm: LM, prompts: list[list[int]], max_new_tokens: int, eos, batch_s
     assert all(prompts), "generate: an empty prompt; begin with BOS"
     eos = (eos,) if isinstance(eos, int) else tuple(eos)
     ends = eos if stop is None else (*eos, stop)
-    pick = lambda logits: logits.argmax(-1)  # noqa: E731
+    pick = lambda logits: logits.argmax(-1)
     if temperature:
         pick = room("extras.sampling").sampler(temperature, top_k, top_p, generator)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

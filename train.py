@@ -159,7 +159,7 @@ def made(folder: Path) -> bool:
 
 def choose_folder(cfg: RunConfig, restarted: bool) -> Path:
     """--out, which needs --resume if it exists; or a default name, then -2, -3, …; --resume takes
-    the last of them. A restart by torchrun resumes what is not finished."""
+    the last before a free one. A restart by torchrun resumes what is not finished."""
     if cfg.out:
         if not made(Path(cfg.out)) and not (cfg.resume or restarted):
             raise UserError(f"--out {cfg.out}: exists already; add --resume to go on with it, "
@@ -220,8 +220,8 @@ def read_run(folder: Path, ckpt: str | None = None) -> RunConfig:
         now = made_of(folder) | checkpoints(cfg)
         for name in then | now:
             if then.get(name) != now.get(name):
-                raise ValueError(f"{'another' if name in now else 'no'} {name}; restore it, "
-                                 f"name its folder by --ckpt, or train again")
+                raise ValueError(f"{'another' if name in now else 'no'} {name}; restore it (a "
+                                 f"checkpoint that is elsewhere: --ckpt), or train again")
         return cfg
 
 def load_state(folder: Path, now: dict[str, str]) -> dict | None:

@@ -666,7 +666,7 @@ def test_a_run_belongs_to_the_checkpoint_that_it_began_with_from_every_folder():
             assert cli(*flags, "--out", "other")[0] == 0
         one_line(cli("--run", "other", main=evaluation.main), "another --ckpt consolidated.00.pth")
         (path / "ckpt").rename(path / "elsewhere")
-        one_line(cli(*evaluated, main=evaluation.main), "no --ckpt consolidated.00.pth", "--ckpt,")
+        one_line(cli(*evaluated, main=evaluation.main), "no --ckpt consolidated.00.pth", "--ckpt)")
         moved = *evaluated, "--ckpt", path / "elsewhere"
         one_line(cli(*moved, main=evaluation.main), "another --ckpt consolidated.00.pth")
         meta_folder(path / "elsewhere", tiny_lm(vocab_size=1024), tokenizer=True)
