@@ -25,11 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora import add_lora, copy_into, lora_tensors
-from model import LM, ModelConfig, UserError
+from model import LM, ModelConfig, UserError, room
 
 Payload = dict[str, Tensor]
 SERVER = 1 << 20  # the server, as the client of a random key
 MOST_EXAMPLES, MOST_LOSS = 10**9, 1e6  # that a client may report
+HELD = 2**26  # bytes of uploads in memory; others wait on disk
 
 def option(default, text, **extra):
     return field(default=default, metadata={"help": text, **extra})
@@ -195,9 +196,8 @@ def proximal(pairs, scale: float) -> Tensor:
     return scale**2 * total
 
 # ---- Algorithm 2 --------------------------------------------------------------------------------
-# Server and Client meet through payloads alone; what is learnt is at the server. A client may
-# keep tensors that it was sent, nothing that it made (no optimizer, no generator): a wire may
-# build it anew from `bootstrap` and a broadcast. (FedTT+ broadcasts less, and refuses a gap.)
+# Server and Client meet through payloads alone; what is learnt is at the server. A client keeps
+# only tensors that it was sent, so that a wire may build it anew from `bootstrap` and a broadcast.
 
 def generator(*key: int) -> torch.Generator:
     """Randomness is a function of (seed, round, client, ...), so there is none to save."""
@@ -430,23 +430,24 @@ def payload_bytes(payload: Payload) -> int:
     return sum(t.numel() * t.element_size() for t in payload.values())
 
 class Wire:
-    """Server and clients in one process, one client after the other."""
+    """Server and clients in one process; clients in turn."""
     def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> tuple:
         """The work of the `chosen`: {client: (upload, metrics)}, and the bytes of every payload
-        down and up. metrics["examples"] is the |D_m| of Eq. 2."""
-        results = {}  # `expected`: for other wires
+        down and up. metrics["examples"] is |D_m|."""
+        results, up, spool = {}, [], None
         for m in tqdm(chosen, f"round {t + 1}", leave=False, disable=None):
             upload, metrics = client.update(t, payload, shards[m], m)
+            up.append(payload_bytes(upload))
+            if len(up) * payload_bytes(expected) > HELD:
+                spool = spool or room("extras.spool").Spool(expected)
+                upload = spool.keep(upload)
             results[m] = upload, metrics | {"examples": len(shards[m])}
-        up = [payload_bytes(upload) for upload, _ in results.values()]
         return results, [payload_bytes(payload) for _ in chosen], up
 
 def choose_clients(cfg, clients: int, t: int) -> list[int]:
-    """All, or clients_per_round drawn without replacement, the same in every process."""
-    if cfg.clients_per_round in (0, clients):
-        return list(range(clients))
+    """All, or clients_per_round of them, drawn without replacement."""
     rng = np.random.default_rng((cfg.seed, t, SERVER))
-    return sorted(rng.choice(clients, cfg.clients_per_round, False).tolist())
+    return sorted(rng.choice(clients, cfg.clients_per_round or clients, False).tolist())
 
 def misfit(upload: Payload, expected: Payload) -> str:
     """Why an upload's names, shapes or dtypes keep it from being counted; "": nothing."""
@@ -468,21 +469,21 @@ def implausible(metrics: dict) -> str:
 
 def distances(uploads: list[Payload], expected: Payload) -> list[float]:
     """Every upload's distance from what was sent, a norm in fp64. The host reads once."""
-    def distance(upload):
-        apart = (upload[name].to(like.device).double() - like.double()
-                 for name, like in expected.items() if like.is_floating_point())
-        return sum(difference.square().sum() for difference in apart).sqrt()
-    return torch.stack([distance(upload) for upload in uploads]).tolist() if uploads else []
+    found = next(iter(expected.values())).new_zeros(len(uploads), dtype=torch.float64)
+    sent = {name: p.double() for name, p in expected.items() if p.is_floating_point()}
+    for i, upload in enumerate(uploads):
+        for name, p in sent.items():
+            found[i] += (upload[name].to(p.device).double() - p).square().sum()
+    return found.sqrt().tolist()
 
 def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[Payload, dict]]:
-    """The results that count, and one line for each that does not."""
+    """The results that count; prints a line for each that does not."""
     # DIFFERS: the paper averages whatever comes. --max-update-norm 0 accepts all sizes.
     reasons = {m: misfit(upload, expected) or implausible(metrics)
                for m, (upload, metrics) in results.items()}
     fit = [m for m in results if not reasons[m]]
     norms = dict(zip(fit, distances([results[m][0] for m in fit], expected)))
-    finite = [norm for norm in norms.values() if math.isfinite(norm)]
-    usual = median_low(finite or [0.0])  # of two, the smaller
+    usual = median_low([*filter(math.isfinite, norms.values())] or [0.0])
     count = sum(like.numel() for like in expected.values() if like.is_floating_point())
     bound = cfg.max_update_norm * max(1, 16 / count)**2  # norms of few numbers vary
     for m, norm in norms.items():
@@ -506,12 +507,12 @@ def federate(server, client, shards, cfg, wire, first_round: int = 0):
         payload = server.broadcast(t)  # lines 3-7: align E, send A and E
         chosen = choose_clients(cfg, len(shards), t)
         expected = server.expected(t)  # an upload's names, shapes, dtypes, and what was sent
-        # lines 8-15: K local steps of each
-        results, down, up = wire.round(t, payload, client, shards, chosen, expected)
+        results, down, up = wire.round(t, payload, client, shards, chosen, expected)  # lines 8-15
         uploads, metrics = zip(*accepted(t, results, expected, cfg).values())
         weights = [1.0 if cfg.uniform_weights else float(m["examples"]) for m in metrics]
         # line 16: A <- sum p_m A_m, p_m = |D_m| / |D| as in Eq. 2
         measured = server.aggregate(t, uploads, weights)
+        del results, uploads  # before the next round's come
         loss = sum(w * m["loss"] for w, m in zip(weights, metrics)) / sum(weights)
         yield {"round": t + 1, "client_loss": loss, **measured, "bytes_down": fmean(down),
                "bytes_up": fmean(up or [0]), "seconds": time.perf_counter() - start}

@@ -363,11 +363,10 @@ def weight_files(folder: Path) -> list[tuple[Path, int]]:
     return files
 
 def named_tensors(path: Path, config: ModelConfig):
-    """A file's tensors by Meta's names, in Meta's layout; its own names tell whose it is."""
-    if path.suffix == ".safetensors":
-        tensors = room("extras.huggingface").read_safetensors(path)
-    else:
-        tensors = read_pickle(path)
+    """A file's tensors by Meta's names, in Meta's layout; its names tell whose it is."""
+    is_safe = path.suffix == ".safetensors"
+    read = room("extras.huggingface").read_safetensors if is_safe else read_pickle
+    tensors = read(path)
     if any(name.startswith(("model.", "lm_head.")) for name in tensors):
         return room("extras.huggingface").translated(path, tensors, config)
     return ((name, tensor) for name, tensor in tensors.items() if name != "rope.freqs")

@@ -196,7 +196,7 @@ def locked(folder: Path):
         os.close(lock)
 
 def checkpoints(cfg: RunConfig) -> dict[str, str]:
-    """Fingerprints of the files of --ckpt and of FedPT's --proxy-ckpt."""
+    """Fingerprints of the files of --ckpt and --proxy-ckpt."""
     return {f"{flag(name)} {path.name}": fingerprint(path)
             for name, folder in asdict(cfg).items() if name.endswith("ckpt") and folder
             for path in sorted(Path(folder).glob("[!.]*"))
@@ -276,7 +276,7 @@ def print_summary(summary: dict):
 
 # ---- main ---------------------------------------------------------------------------------------
 class Run:
-    """A run folder: logs, saves and evaluates, round by round."""
+    """A run folder: logs, saves, evaluates, round by round."""
     def __init__(self, folder: Path, cfg: RunConfig, server, tokenizer, state: dict, start: float):
         self.folder, self.cfg, self.server, self.tokenizer = folder, cfg, server, tokenizer
         self.state, self.rows = state, state["rows"]

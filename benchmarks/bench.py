@@ -6,7 +6,7 @@
     python benchmarks/bench.py shares     what of both steps the matrix products and attention are
     python benchmarks/bench.py load       a client's layers of a two-shard checkpoint
     python benchmarks/bench.py generate   greedy decoding of GSM8K, the same tokens
-    python benchmarks/bench.py growth     over depth, vocabulary, length, clients, rounds
+    python benchmarks/bench.py growth     over depth, vocabulary, length, clients, rounds, uploads
 
 Sides alternate in one process after their results were compared: minimum and median of --rounds of
 CPU time (CUDA: wall time). Memory: growth of the peak in a fresh process a side. The peers are in
@@ -461,26 +461,40 @@ def generation(args):
 
 GROWTH = {"depth": [4, 8, 16, 32], "vocabulary": [1000, 4000, 16000, 64000, 128000],
           "sequence": [128, 256, 512, 1024, 2048], "clients": [1, 10, 100, 1000],
-          "a round": [1, 10, 30, 100], "rounds": [1, 3, 10, 30]}
+          "a round": [1, 10, 30, 100], "rounds": [1, 3, 10, 30], "uploads": [1, 10, 100, 1000]}
+
+
+class Echo:
+    """In place of a Client: sends up what it got, without a step."""
+
+    def __init__(self, client: Client):
+        self.names = client.tuned.keys()
+
+    def update(self, t, payload, examples, m):
+        return {name: payload[name].clone() for name in self.names}, {"loss": 1.0}
 
 
 def growth_point(args, axis: str, value: int) -> dict:
     """A client's step, the other sizes fixed. `clients`: a round of at most two of so many, a step
-    each; `a round`: of all of them; `rounds`: so many of two."""
+    each; `a round`: of all of them; `rounds`: so many of two; `uploads`: the server's side alone of
+    a round of so many, each of as many bytes as LLaMA-2-7B's at --adapter 2."""
     usual = {"depth": 8, "vocabulary": 4000, "sequence": 256, "clients": 2, "rounds": 1}
     at = usual | {axis: value}
-    at["clients"] = at.get("a round", at["clients"])
+    at["clients"] = at.get("a round", at.get("uploads", at["clients"]))
     config = ModelConfig(128, at["depth"] + 2, 4, 4, at["vocabulary"], 352)
-    cfg = Config(dropout=0.0, local_steps=1, batch_size=4, rounds=at["rounds"], align_init=1,
-                 align_steps=1, clients_per_round=0 if axis == "a round" else min(2, at["clients"]))
+    all_of_them, aligned = axis in ("a round", "uploads"), int(axis != "uploads")
+    cfg = Config(dropout=0.0, local_steps=1, batch_size=4, rounds=at["rounds"], align_init=aligned,
+                 align_steps=aligned, rank=8 if aligned else 256,
+                 clients_per_round=0 if all_of_them else min(2, at["clients"]))
     full, T, g = random_lm(config, None, args), at["sequence"] + 1, generator(4)
     rows = [Example(torch.randint(3, config.vocab_size, (T,), generator=g).tolist(), T - 64)
             for _ in range(4 * at["clients"])]
     shards = [Shard(rows, list(range(4 * m, 4 * m + 4))) for m in range(at["clients"])]
     one = Client(weights_of(full), cfg, args.device)
     sent = {name: p.detach().clone() for name, p in one.received.items()}
-    federated = axis in ("clients", "a round", "rounds")
+    federated = axis in ("clients", "a round", "rounds", "uploads")
     server = Server(full, shards[0], cfg) if federated else None
+    one = one if aligned else Echo(one)
 
     def step():
         if server:
@@ -512,7 +526,7 @@ def draw(rows, path):
         xs = [r["at"] for r in points]
         ax.plot(xs, [r["ms"] for r in points], "o-", color="tab:blue")
         other.plot(xs, [r["mb"] for r in points], "s--", color="tab:orange")
-        whole = axis in ("clients", "a round")
+        whole = axis in ("clients", "a round", "uploads")
         ax.set(xscale="log", xlabel=axis, ylabel=f"ms a {'round' if whole else 'step'}")
         ax.set_xticks(xs, [f"{x // 1000}k" if x >= 4000 else str(x) for x in xs], fontsize=8)
         ax.minorticks_off()

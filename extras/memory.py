@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import Batch, Example, collate
 from eval import pick_dtype
-from fedbiot import Payload, Wire, federate, payload_bytes
+from fedbiot import HELD, Payload, Wire, federate, payload_bytes
 from model import CACHE_BYTES, LM, ModelConfig, expecting, generate, load_weights
 
 SHOT = 128              # tokens of a worked example; GSM8K's have about 90
@@ -187,15 +187,22 @@ class Longest:
 
 
 class Uploads(Wire):
-    """The server's end of a wire: what was broadcast, two uploads, and the bytes of the others, as
-    long as the two are there. (Tensor by tensor a thousand would take minutes.)"""
+    """The server's end of a wire: what was broadcast, two uploads, and the bytes of the others that
+    do not wait on disk, as long as the two are there. (Tensor by tensor they would take minutes.)
+    """
 
     def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> tuple:
         self.payload = payload
-        n = payload_bytes(expected) * len(chosen[2:])
+        n = max(held(expected, len(chosen)) - 2 * payload_bytes(expected), 0)
         report = {"loss": 1.0, "examples": 1,
                   "others": torch.empty(n, dtype=torch.uint8, device="meta")}
         return {m: (copies(expected), report) for m in chosen[:2]}, [0], [0]
+
+
+def held(expected: Payload, clients: int) -> int:
+    """Bytes of a round's uploads in memory, as the wires hold them; the rest waits on disk."""
+    upload = payload_bytes(expected)
+    return upload * min(clients, HELD // upload)
 
 
 def copies(payload: Payload) -> Payload:
@@ -273,8 +280,9 @@ def settings(config: ModelConfig, cfg) -> tuple[ModelConfig, object]:
 def needed(config: ModelConfig, cfg, method) -> dict[str, int]:
     """Bytes at the peak of a `server`'s process, of a `client`'s, and in `one_process` with all;
     what an `evaluation` adds to the server's weights, and a token in its cache; the `uploads` of a
-    round. Of the phase that needs most, its parts: server_weights, server_activations (for the
-    backward pass), server_optimizer (its state), server_temporaries (with gradients); client_….
+    round in memory. Of the phase that needs most, its parts: server_weights, server_activations
+    (for the backward pass), server_optimizer (its state), server_temporaries (with gradients);
+    client_….
     """
     config, cfg = settings(config, cfg)
     phases = server_process(config, cfg, method)
@@ -283,7 +291,7 @@ def needed(config: ModelConfig, cfg, method) -> dict[str, int]:
     parts = {"server": max(phases["bootstrap"], phases["round"], key=total),
              "client": client_process(config, cfg, method)}
     server = a_server(config, cfg, method)
-    upload = payload_bytes(server.expected(0)) * (cfg.clients_per_round or cfg.clients)
+    upload = held(server.expected(0), cfg.clients_per_round or cfg.clients)
     counts = {"server": max(map(total, phases.values())), "client": total(parts["client"]),
               "one_process": max(total(together) + upload, total(phases["bootstrap"]),
                                  of_client + max(total(phases["round"]), total(evaluation))),

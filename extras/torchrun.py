@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from data import TASKS, Shard, digest_of, make_shards, training_examples
 from eval import BUNDLED_DATA, flag
-from fedbiot import Payload, misfit, payload_bytes
+from extras.spool import Spool
+from fedbiot import HELD, Payload, misfit, payload_bytes
 from model import ModelConfig, UserError, load_tokenizer
 from train import FREE, as_json, method_of
 
@@ -191,14 +192,20 @@ class Processes:
         clock of --client-timeout is a client's own work, its transfers included: a round goes on
         without those who are over it, once somebody has finished and nobody waits for a rank. What
         they offer in a later round is not asked for."""
-        results, down, todo = {}, [], list(chosen)
+        results, down, up, todo, spool = {}, [], [], list(chosen), None
         bar = tqdm(total=len(chosen), desc=f"round {t + 1}", leave=False, disable=None)
         while todo or not results or self.at_work(t):
             for rank in range(1, self.world):
                 if rank in self.busy and (answer := self.answer(rank, t, expected)):
                     order = self.busy.pop(rank)
                     if order.t == t:
-                        results[order.client] = answer
+                        upload, metrics = answer
+                        if not misfit(upload, expected):
+                            up.append(payload_bytes(upload))
+                        if len(up) * payload_bytes(expected) > HELD:
+                            spool = spool or Spool(expected)
+                            upload = spool.keep(upload)
+                        results[order.client] = upload, metrics
                         bar.update()
                 wanted = [m for m in todo if shards[m] is None or shards[m] == rank]
                 if rank not in self.busy and wanted:
@@ -214,8 +221,6 @@ class Processes:
         for m in sorted(set(chosen) - set(results)):
             print(f"round {t + 1}, client {m}: left out, no upload within --client-timeout "
                   f"{self.timeout:g} s", file=sys.stderr)
-        uploads = [upload for upload, _ in results.values() if not misfit(upload, expected)]
-        up = [payload_bytes(upload) for upload in uploads]
         return {m: results[m] for m in sorted(results)}, down, up
 
     def at_work(self, t: int) -> bool:

@@ -30,6 +30,8 @@ from tests.common import (
 # ---- the same bits ------------------------------------------------------------------------------
 
 def first_rank_is_slow():
+    """And one upload of `small_run` fits into memory, 10,240 bytes; the others wait on disk."""
+    torchrun.HELD = 15_000
     original = fedbiot.Client.update
 
     def update(self, t, *args):
@@ -40,7 +42,7 @@ def first_rank_is_slow():
 
 def test_more_processes_give_the_same_bits():
     # kills: summed as they arrive; the same client twice; a client's number by its rank; header
-    # counted as payload
+    # counted as payload; an upload on disk read as another's
     with folder() as path, fast_scores():
         flags = small_run(path, *WEIGHTS) + ["--rounds", 2]
         for world, clients, per_round in ((3, 5, 0), (4, 2, 0), (3, 6, 1)):
