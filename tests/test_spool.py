@@ -54,7 +54,7 @@ class Watched(fedbiot.Client):
 
 
 def test_a_server_holds_as_many_uploads_of_sixty_clients_as_of_six():
-    # kills: all uploads in memory; an upload on disk that is held besides; all tensors read at once;
+    # kills: all uploads in memory; an upload on disk that is held besides; all read together;
     # those of the last round kept
     server, _ = pair(rounds=2, max_update_norm=0.0)
     client, upload = Watched(server.bootstrap(), server.cfg), fedbiot.payload_bytes(server.tuned)
