@@ -18,8 +18,8 @@ def held(size: int):
 
 
 def test_a_run_learns_the_same_from_uploads_on_disk():
-    # kills: the last upload in the place of all; offsets of another tensor; another dtype; no upload
-    # on disk; none in memory
+    # kills: the last upload in the place of all; offsets of another tensor; another dtype; none on
+    # disk; none in memory
     shards = [toy_shard(0, 16), toy_shard(16, 30), toy_shard(5, 25)]
     for method in ("fedbiot", "fedkseed", "fedtt+"):            # three forms of an upload
         memory, _, records = method_run(method, tiny_lm(), shards=shards)
