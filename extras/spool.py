@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from fedbiot import Payload, misfit
-from model import UserError
+from model import expecting
+
+
+def a_folder_with_room():
+    return expecting("a folder with room for a round's uploads", "TMPDIR (default /tmp)")
 
 
 class Spool:
@@ -17,11 +21,12 @@ class Spool:
     shapes and dtypes of `expected`. It is gone with the last of them, or with the process."""
 
     def __init__(self, expected: Payload):
-        self.expected, self.file = expected, tempfile.TemporaryFile()
-        self.places, self.size = {}, 0                  # in an upload's bytes: (from, to) by name
+        self.expected, self.places, end = expected, {}, 0
         for name, t in expected.items():
-            self.places[name] = self.size, self.size + t.nbytes
-            self.size += t.nbytes
+            self.places[name] = end, end + t.nbytes             # where in an upload's bytes
+            end += t.nbytes
+        with a_folder_with_room():
+            self.file = tempfile.TemporaryFile()
 
     def keep(self, upload: Payload) -> Mapping[str, Tensor]:
         """The same upload, on disk; of one that does not fit, which nobody will average, its names,
@@ -29,14 +34,11 @@ class Spool:
         if misfit(upload, self.expected):
             return {name: t.to("meta") for name, t in upload.items()}
         parts = [upload[name].contiguous().view(-1).view(torch.uint8) for name in self.places]
-        start, content = self.file.seek(0, os.SEEK_END), torch.cat(parts).cpu().numpy()
-        try:
+        content = torch.cat(parts).cpu().numpy()
+        with a_folder_with_room():
+            start = self.file.seek(0, os.SEEK_END)
             self.file.write(content)
             self.file.flush()
-        except OSError as error:
-            raise UserError(f"{tempfile.gettempdir()}: expected room for a round's uploads, "
-                            f"{self.size / 1e6:.2f} MB each, found: {error.strerror}; set TMPDIR "
-                            f"to a larger folder") from None
         return OnDisk(self, start)
 
 
@@ -50,8 +52,10 @@ class OnDisk(Mapping):
     def __getitem__(self, name: str) -> Tensor:
         first, end = self.spool.places[name]
         like, content = self.spool.expected[name], bytearray(end - first)
-        self.spool.file.seek(self.start + first)
-        assert self.spool.file.readinto(content) == len(content), f"{name}: the file was cut"
+        with a_folder_with_room():
+            self.spool.file.seek(self.start + first)
+            if self.spool.file.readinto(content) < len(content):
+                raise ValueError("a file that was cut")
         return torch.frombuffer(content, dtype=like.dtype).view(like.shape)
 
     def __iter__(self):

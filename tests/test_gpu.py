@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fedbiot
 import train
+from extras import spool
 from model import generate
 from tests.common import config, tiny_lm, toy_shard
 from tests.test_baselines import method_config
@@ -71,13 +72,15 @@ def a_round(module, full, cfg) -> tuple[dict[str, list[str]], object]:
     results = {m: (upload, metrics | {"loss": 1.0, "examples": 4}) for m in range(6)}
     found["accepted"], _ = reads(fedbiot.accepted, 1, results, server.expected(1), cfg)
     found["aggregate"], _ = reads(server.aggregate, 1, [upload] * 6, [1.0] * 6)
+    waits, kept = reads(spool.Spool(server.expected(1)).keep, upload)
+    assert len(waits) <= 1 and fedbiot.payload_bytes(kept) == fedbiot.payload_bytes(upload)
     return found, server
 
 
 def test_the_host_reads_a_gpu_once_a_client_and_once_an_alignment():
     # kills: loss.item() in a client's loop, or g.item() in FedKSeed's; rows looked for, or written,
     # by a mask; in an alignment or a distillation a copy to the CPU, a CPU tensor, an index from
-    # there; uploads measured apart
+    # there; uploads measured apart; an upload written to disk tensor by tensor
     for method, expected in READS.items():
         cfg = method_config(method, local_steps=3, align_init=3, align_steps=3)
         found, _ = a_round(train.method_of(method), tiny_lm().bfloat16().to("meta"), cfg)

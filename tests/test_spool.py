@@ -84,9 +84,10 @@ def test_hostile_uploads_are_rejected_on_disk_with_the_same_words():
 
 
 def test_a_disk_without_room_for_uploads_is_one_line():
-    # kills: a traceback; an error that comes later, when the upload is read
+    # kills: a traceback; an error that comes later, when the upload is read; a folder that is not
+    # there
     server, client = pair()
-    full = patch.object(tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b", 2**20))
-    with held(0), full:
-        refused(lambda: run_rounds(server, client, [toy_shard()]), tempfile.gettempdir(),
-                "No space left", "TMPDIR")
+    for folder, found in (("/dev/full", "No space left"), ("/none/of/these", "No such file")):
+        file = patch.object(tempfile, "TemporaryFile", lambda f=folder: open(f, "w+b", 2**20))
+        with held(0), file:
+            refused(lambda: run_rounds(server, client, [toy_shard()]), "TMPDIR", found)
