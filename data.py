@@ -204,7 +204,7 @@ def training_examples(task: str, data_dir, tokenizer, max_len: int, hold_out: in
 
 def make_shards(task: str, data_dir, tokenizer, clients: int, max_len: int, seed: int,
                 hold_out: int = 0, strip_annotations: bool = False) -> list[Shard]:
-    """The clients' training data of a task, one Shard a client."""
+    """A task's training data, one Shard a client."""
     examples = training_examples(task, data_dir, tokenizer, max_len, hold_out, strip_annotations)
     labels = [example.label for example in examples]
     return [Shard(examples, part) for part in partition(labels, clients, seed)]

@@ -197,7 +197,8 @@ def proximal(pairs, scale: float) -> Tensor:
 
 # ---- Algorithm 2 --------------------------------------------------------------------------------
 # Server and Client meet through payloads alone; what is learnt is at the server. A client keeps
-# only tensors that it was sent, so that a wire may build it anew from `bootstrap` and a broadcast.
+# tensors that it was sent, or makes them anew from those, so that a wire may build another from
+# `bootstrap` and a broadcast. (FedTT+ broadcasts less, and refuses a gap.)
 
 def generator(*key: int) -> torch.Generator:
     """Randomness is a function of (seed, round, client, ...), so there is none to save."""
@@ -355,7 +356,7 @@ class Server:
     def aggregate(self, t: int, uploads: list[Payload], weights: list[float]) -> dict[str, float]:
         """Eq. 11, line 16: A <- sum_m p_m A_m, p_m = |D_m| / |D| over those who took part. lora_B
         and lora_A apart: mean(B) mean(A) is not mean(B A).  ABLATE: aggregation
-        Returns what the server has measured since the last call, for the log."""
+        Only reads `uploads`: some are on disk. Returns what was measured since the last call."""
         total = sum(weights)
         for name, p in self.tuned.items():
             p.copy_(sum(w / total * up[name].to(p.device) for up, w in zip(uploads, weights)))
@@ -470,10 +471,9 @@ def implausible(metrics: dict) -> str:
 def distances(uploads: list[Payload], expected: Payload) -> list[float]:
     """Every upload's distance from what was sent, a norm in fp64. The host reads once."""
     found = next(iter(expected.values())).new_zeros(len(uploads), dtype=torch.float64)
-    sent = {name: p.double() for name, p in expected.items() if p.is_floating_point()}
-    for i, upload in enumerate(uploads):
-        for name, p in sent.items():
-            found[i] += (upload[name].to(p.device).double() - p).square().sum()
+    for name, p in expected.items():
+        for i, upload in enumerate(uploads if p.is_floating_point() else ()):
+            found[i] += (upload[name].to(p.device).double() - p.double()).square().sum()
     return found.sqrt().tolist()
 
 def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[Payload, dict]]:

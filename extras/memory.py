@@ -200,9 +200,10 @@ class Uploads(Wire):
 
 
 def held(expected: Payload, clients: int) -> int:
-    """Bytes of a round's uploads in memory, as the wires hold them; the rest waits on disk."""
+    """Bytes of a round's uploads in memory, at most: as many as HELD allows wait there, and under
+    torchrun as many are on their way; the others are on disk."""
     upload = payload_bytes(expected)
-    return upload * min(clients, HELD // upload)
+    return upload * min(clients, HELD // upload + max(HELD // upload, 1))
 
 
 def copies(payload: Payload) -> Payload:

@@ -1,6 +1,7 @@
 """Uploads that wait on disk until they are averaged: what a server holds does not grow with the
 clients of a round. (They cannot be summed as they come: `fedbiot.accepted` compares each with the
 median of all.)"""
+import itertools
 import os
 import tempfile
 from collections.abc import Mapping
@@ -17,16 +18,14 @@ def a_folder_with_room():
 
 
 class Spool:
-    """A file without a name, in the folder for temporary files (TMPDIR), for uploads of the names,
-    shapes and dtypes of `expected`. It is gone with the last of them, or with the process."""
+    """A file without a name, in the folder TMPDIR (default /tmp), for uploads of the names, shapes
+    and dtypes of `expected`. It is gone with the last of them, or with the process."""
 
     def __init__(self, expected: Payload):
-        self.expected, self.places, end = expected, {}, 0
-        for name, t in expected.items():
-            self.places[name] = end, end + t.nbytes             # where in an upload's bytes
-            end += t.nbytes
+        self.expected, ends = expected, itertools.accumulate(t.nbytes for t in expected.values())
+        self.places = dict(zip(expected, [0, *ends]))           # where in an upload's bytes
         with a_folder_with_room():
-            self.file = tempfile.TemporaryFile()
+            self.file = tempfile.TemporaryFile(buffering=0, dir=os.environ.get("TMPDIR") or None)
 
     def keep(self, upload: Payload) -> Mapping[str, Tensor]:
         """The same upload, on disk; of one that does not fit, which nobody will average, its names,
@@ -34,11 +33,11 @@ class Spool:
         if misfit(upload, self.expected):
             return {name: t.to("meta") for name, t in upload.items()}
         parts = [upload[name].contiguous().view(-1).view(torch.uint8) for name in self.places]
-        content = torch.cat(parts).cpu().numpy()
+        left = memoryview(torch.cat(parts).cpu().numpy())
         with a_folder_with_room():
             start = self.file.seek(0, os.SEEK_END)
-            self.file.write(content)
-            self.file.flush()
+            while left:
+                left = left[self.file.write(left):]
         return OnDisk(self, start)
 
 
@@ -50,13 +49,16 @@ class OnDisk(Mapping):
         self.spool, self.start = spool, start
 
     def __getitem__(self, name: str) -> Tensor:
-        first, end = self.spool.places[name]
-        like, content = self.spool.expected[name], bytearray(end - first)
+        like = self.spool.expected[name]
+        tensor = torch.empty(like.shape, dtype=like.dtype)
+        left = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         with a_folder_with_room():
-            self.spool.file.seek(self.start + first)
-            if self.spool.file.readinto(content) < len(content):
-                raise ValueError("a file that was cut")
-        return torch.frombuffer(content, dtype=like.dtype).view(like.shape)
+            self.spool.file.seek(self.start + self.spool.places[name])
+            while left:
+                if not (n := self.spool.file.readinto(left)):
+                    raise ValueError("a file that was cut")
+                left = left[n:]
+        return tensor
 
     def __iter__(self):
         return iter(self.spool.places)

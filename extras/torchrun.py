@@ -87,6 +87,9 @@ class Order:
     since: float                    # the clock of --client-timeout
     metrics: dict | None = None
 
+    def in_time(self, timeout: float) -> bool:
+        return time.monotonic() - self.since < timeout
+
 
 class Processes:
     """A rank's connection to the others; on rank 0 it is the wire of `federate`.
@@ -126,6 +129,10 @@ class Processes:
         except (ValueError, TypeError, RecursionError):
             return None, []
         return message, header
+
+    def has_posted(self, rank: int) -> bool:
+        with reaching("torchrun's store"):
+            return self.store.check([f"{rank} to {self.rank}"])
 
     def wait(self, rank: int = 0) -> tuple:
         """A rank's next message."""
@@ -224,25 +231,31 @@ class Processes:
         return {m: results[m] for m in sorted(results)}, down, up
 
     def at_work(self, t: int) -> bool:
-        now = time.monotonic()
-        return any(o.t == t and now - o.since < self.timeout for o in self.busy.values())
+        return any(o.t == t and o.in_time(self.timeout) for o in self.busy.values())
 
     def nobody_can(self, todo: list, shards, t: int) -> bool:
         """Whether all that is left to do belongs to ranks (--own-data) that are still at work on an
         earlier round and over their time."""
-        now = time.monotonic()
-        late = {rank for rank, o in self.busy.items() if now - o.since >= self.timeout}
+        late = {rank for rank, o in self.busy.items() if not o.in_time(self.timeout)}
         return bool(todo) and not self.at_work(t) and all(shards[m] in late for m in todo)
 
     def answer(self, rank: int, t: int, expected: Payload) -> tuple[Payload, dict] | None:
         """(upload, metrics) of a rank that has ended its order; None: not yet. An upload is asked
-        for if its header fits; else it is the header, which `accepted` rejects."""
+        for if its header fits, once there is memory for it (HELD); else it is the header, which
+        `accepted` rejects."""
         order = self.busy[rank]
         if order.transfer.done():
             upload = order.transfer.result()                # raises the transfer's error
             if order.metrics is not None:
                 return upload, order.metrics
-        if order.metrics is not None or (message := self.look(rank)) is None:
+        if order.metrics is not None:
+            return None
+        coming = sum(o.metrics is not None and o.in_time(self.timeout) for o in self.busy.values())
+        full = coming and (coming + 1) * payload_bytes(expected) > HELD
+        if full and order.t == t and self.has_posted(rank):
+            order.since = time.monotonic()                  # waiting for others is not its work
+            return None
+        if (message := self.look(rank)) is None:
             return None
         metrics, header = message
         order.metrics = metrics if isinstance(metrics, dict) else {}

@@ -1,7 +1,7 @@
 """Uploads on disk: the same bits, and a server whose memory the clients of a round do not fill."""
 import contextlib
 import io
-import tempfile
+import os
 import weakref
 from unittest.mock import patch
 
@@ -84,10 +84,37 @@ def test_hostile_uploads_are_rejected_on_disk_with_the_same_words():
 
 
 def test_a_disk_without_room_for_uploads_is_one_line():
-    # kills: a traceback; an error that comes later, when the upload is read; a folder that is not
-    # there
+    # kills: a traceback; an error that comes later, when the upload is read; another folder in the
+    # place of one that is not there; an upload of which the file has lost the end
     server, client = pair()
-    for folder, found in (("/dev/full", "No space left"), ("/none/of/these", "No such file")):
-        file = patch.object(tempfile, "TemporaryFile", lambda f=folder: open(f, "w+b", 2**20))
-        with held(0), file:
-            refused(lambda: run_rounds(server, client, [toy_shard()]), "TMPDIR", found)
+    with held(0), patch.dict(os.environ, TMPDIR="/none/of/these"):
+        refused(lambda: run_rounds(server, client, [toy_shard()]), "TMPDIR", "No such file")
+    uploads = spool.Spool(server.expected(0))
+    kept = [uploads.keep(server.expected(0)) for _ in range(2)]
+    uploads.file.truncate(fedbiot.payload_bytes(server.tuned) + 5)
+    assert same(dict(kept[0]), server.expected(0))
+    refused(lambda: dict(kept[1]), "TMPDIR", "cut")
+    with open("/dev/full", "w+b", 0) as uploads.file:
+        refused(lambda: uploads.keep(server.expected(0)), "TMPDIR", "No space left")
+
+
+class Halves(io.BytesIO):
+    """A file that writes and reads at most 99 bytes at a time."""
+
+    def write(self, content):
+        return super().write(content[:99])
+
+    def readinto(self, into):
+        return super().readinto(into[:99])
+
+
+def test_a_file_may_take_and_give_less_than_is_asked_for():
+    # kills: what is over forgotten; an upload written over the one before it
+    server, _ = pair()
+    uploads = spool.Spool(server.expected(0))
+    uploads.file = Halves()
+    others = [{name: t + i for name, t in server.expected(0).items()} for i in range(3)]
+    kept = [uploads.keep(other) for other in others]
+    uploads.file.seek(7)
+    kept.append(uploads.keep(others[0]))
+    assert all(same(dict(a), b) for a, b in zip(kept, [*others, others[0]]))

@@ -1,6 +1,7 @@
 """A run over several processes: the same bits, bounded memory, errors, slow and killed ranks."""
 import contextlib
 import gc
+import io
 import json
 import os
 import re
@@ -30,9 +31,14 @@ from tests.common import (
 # ---- the same bits ------------------------------------------------------------------------------
 
 def first_rank_is_slow():
-    """And one upload of `small_run` fits into memory, 10,240 bytes; the others wait on disk."""
-    torchrun.HELD = 15_000
-    original = fedbiot.Client.update
+    """Rank 1 is. One upload of `small_run`, 10,240 bytes, fits into memory; a line is printed for
+    each of the others, which wait on disk."""
+    torchrun.HELD, keep = 15_000, torchrun.Spool.keep
+
+    def keep_and_say(self, upload):
+        print("on disk", flush=True)
+        return keep(self, upload)
+    torchrun.Spool.keep, original = keep_and_say, fedbiot.Client.update
 
     def update(self, t, *args):
         time.sleep(0.3 if os.environ["RANK"] == "1" else 0)
@@ -42,7 +48,7 @@ def first_rank_is_slow():
 
 def test_more_processes_give_the_same_bits():
     # kills: summed as they arrive; the same client twice; a client's number by its rank; header
-    # counted as payload; an upload on disk read as another's
+    # counted as payload; an upload on disk read as another's, or all in memory
     with folder() as path, fast_scores():
         flags = small_run(path, *WEIGHTS) + ["--rounds", 2]
         for world, clients, per_round in ((3, 5, 0), (4, 2, 0), (3, 6, 1)):
@@ -52,7 +58,52 @@ def test_more_processes_give_the_same_bits():
             statuses, texts = ranks(path, world, *argv, "--out", many, change=first_rank_is_slow)
             assert statuses == [0] * world, texts
             assert "round 2" in texts[0] and not any(texts[1:]), "only rank 0 prints"
+            assert texts[0].count("on disk") == 2 * ((per_round or clients) - 1), texts[0]
             assert_same_run(many, one)
+
+
+class AllOffer(torchrun.Processes):
+    """A server of so many ranks that are done in no time, each with an upload of 1 MB, of which it
+    takes a twentieth of a second to receive one. Counts how many come at once."""
+
+    def __init__(self, ranks: int, timeout: float):
+        self.rank, self.world, self.timeout, self.busy = 0, ranks + 1, timeout, {}
+        self.place = self.device = torch.device("cpu")
+        self.upload, self.coming, self.most = {"a": torch.zeros(2**18)}, 0, 0
+        self.until = time.monotonic() + 20
+
+    def post(self, rank, message, payload):
+        pass
+
+    def send(self, rank, payload):
+        pass
+
+    def has_posted(self, rank):
+        assert time.monotonic() < self.until, "nobody is asked for an upload"
+        return True
+
+    def look(self, rank):
+        return {"loss": 1.0, "examples": 1}, torchrun.header_of(self.upload)
+
+    def receive(self, rank, like):
+        self.coming += 1
+        self.most = max(self.most, self.coming)
+        time.sleep(0.05)
+        self.coming -= 1
+        return {name: torch.full_like(t, rank, device="cpu") for name, t in like.items()}
+
+
+def test_uploads_come_as_memory_allows_and_who_waits_is_in_time():
+    # kills: all that are offered asked for at once; none where one alone is over the limit; the
+    # clock of --client-timeout runs on while a client waits for its turn
+    for held, most in ((3.5 * 2**20, 3), (0, 1), (2**26, 9)):
+        wire = AllOffer(9, timeout=0.4)
+        with patch.object(torchrun, "HELD", held), contextlib.redirect_stderr(io.StringIO()) as err:
+            results, _, up = wire.round(0, {}, None, [None] * 9, list(range(9)), wire.upload)
+        assert wire.most == most and err.getvalue() == "", (wire.most, err.getvalue())
+        assert sorted(results) == list(range(9)) and len(up) == 9
+        assert sorted(upload["a"].unique().item() for upload, _ in results.values()) == [
+            *range(1, 10)]
 
 
 def test_two_hosts_over_loopback():
