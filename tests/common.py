@@ -505,11 +505,13 @@ def process(env: dict, argv: list, log: str, change):
 
 
 def start(log: Path, *argv, change=None, **env) -> multiprocessing.Process:
-    """train.py in a process of its own; all are forked from one that has imported torch."""
+    """train.py in a process of its own; all are forked from one that has imported torch. Those that
+    are killed leave tqdm's semaphores, which Python removes at the end without a word."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "torch._dynamo"])
     job = context.Process(target=process, args=(env, [str(a) for a in argv], str(log), change))
-    with patch.dict(os.environ, PYTHONPATH=str(HERE)):
+    silent = "ignore::UserWarning:multiprocessing.resource_tracker"
+    with patch.dict(os.environ, PYTHONPATH=str(HERE), PYTHONWARNINGS=silent):
         job.start()
     return job
 
