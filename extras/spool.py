@@ -17,6 +17,12 @@ def a_folder_with_room():
     return expecting("a folder with room for a round's uploads", "TMPDIR (default /tmp)")
 
 
+def as_bytes(t: Tensor) -> Tensor:
+    """A tensor's bytes, uint8 (n,), a view where it is contiguous. (A single number counts as
+    contiguous whatever its stride is, which `view` then refuses.)"""
+    return t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8)
+
+
 class Spool:
     """A file without a name, in the folder TMPDIR (default /tmp), for uploads of the names, shapes
     and dtypes of `expected`. It is gone with the last of them, or with the process."""
@@ -32,8 +38,8 @@ class Spool:
         shapes and dtypes. A GPU is read once."""
         if misfit(upload, self.expected):
             return {name: t.to("meta") for name, t in upload.items()}
-        parts = [upload[name].contiguous().view(-1).view(torch.uint8) for name in self.places]
-        left = memoryview(torch.cat(parts).cpu().numpy())
+        content = torch.cat([as_bytes(upload[name].detach()) for name in self.places])
+        left = memoryview(content.cpu().numpy())
         with a_folder_with_room():
             start = self.file.seek(0, os.SEEK_END)
             while left:
@@ -51,7 +57,7 @@ class OnDisk(Mapping):
     def __getitem__(self, name: str) -> Tensor:
         like = self.spool.expected[name]
         tensor = torch.empty(like.shape, dtype=like.dtype)
-        left = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        left = memoryview(as_bytes(tensor).numpy())
         with a_folder_with_room():
             self.spool.file.seek(self.start + self.spool.places[name])
             while left:

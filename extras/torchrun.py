@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data import TASKS, Shard, digest_of, make_shards, training_examples
 from eval import BUNDLED_DATA, flag
-from extras.spool import Spool
+from extras.spool import Spool, as_bytes
 from fedbiot import HELD, Payload, misfit, payload_bytes
 from model import ModelConfig, UserError, load_tokenizer
 from train import FREE, as_json, method_of
@@ -144,13 +144,13 @@ class Processes:
         """Every tensor as its bytes: gloo does not know all dtypes. Waits for the receiver."""
         with reaching(f"rank {rank}"):
             for t in payload.values():
-                dist.send(t.detach().to(self.place).contiguous().view(-1).view(torch.uint8), rank)
+                dist.send(as_bytes(t.detach().to(self.place)), rank)
 
     def receive(self, rank: int, like: Payload) -> Payload:
         payload = {name: torch.empty_like(t, device=self.place) for name, t in like.items()}
         with reaching(f"rank {rank}"):
             for t in payload.values():
-                dist.recv(t.view(-1).view(torch.uint8), rank)
+                dist.recv(as_bytes(t), rank)
         return {name: t.to(self.device) for name, t in payload.items()}
 
     def begin(self, transfer, *args) -> Future:
@@ -210,8 +210,10 @@ class Processes:
                         if not misfit(upload, expected):
                             up.append(payload_bytes(upload))
                         if len(up) * payload_bytes(expected) > HELD:
-                            spool = spool or Spool(expected)
+                            start, spool = time.monotonic(), spool or Spool(expected)
                             upload = spool.keep(upload)
+                            for other in self.busy.values():            # a slow disk is not theirs
+                                other.since += time.monotonic() - start
                         results[order.client] = upload, metrics
                         bar.update()
                 wanted = [m for m in todo if shards[m] is None or shards[m] == rank]

@@ -5,6 +5,8 @@ import os
 import weakref
 from unittest.mock import patch
 
+import torch
+
 import fedbiot
 from extras import spool
 from tests.common import copied, pair, refused, run_rounds, same, tiny_lm, toy_shard
@@ -96,6 +98,17 @@ def test_a_disk_without_room_for_uploads_is_one_line():
     refused(lambda: dict(kept[1]), "TMPDIR", "cut")
     with open("/dev/full", "w+b", 0) as uploads.file:
         refused(lambda: uploads.keep(server.expected(0)), "TMPDIR", "No space left")
+
+
+def test_a_tensor_of_any_stride_and_dtype_is_its_bytes():
+    # kills: a single number of stride 2, FedKSeed's upload after one step
+    grid = torch.arange(6.0).view(2, 3)
+    for t in (grid[:1, 1], grid.T, grid[1, 2], grid[:0], grid > 2, grid.int()[:, 1]):
+        assert spool.as_bytes(t).numpy().tobytes() == t.numpy().tobytes(), t
+    memory, _, _ = method_run("fedkseed", tiny_lm(), local_steps=1)
+    with held(0):
+        disk, _, _ = method_run("fedkseed", tiny_lm(), local_steps=1)
+    assert same(disk.state_dict()["learnt"], memory.state_dict()["learnt"])
 
 
 class Halves(io.BytesIO):

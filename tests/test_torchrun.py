@@ -95,15 +95,22 @@ class AllOffer(torchrun.Processes):
 
 def test_uploads_come_as_memory_allows_and_who_waits_is_in_time():
     # kills: all that are offered asked for at once; none where one alone is over the limit; the
-    # clock of --client-timeout runs on while a client waits for its turn
-    for held, most in ((3.5 * 2**20, 3), (0, 1), (2**26, 9)):
-        wire = AllOffer(9, timeout=0.4)
-        with patch.object(torchrun, "HELD", held), contextlib.redirect_stderr(io.StringIO()) as err:
-            results, _, up = wire.round(0, {}, None, [None] * 9, list(range(9)), wire.upload)
+    # clock of --client-timeout runs on while a client waits for its turn, or for the server's disk
+    keep = torchrun.Spool.keep
+
+    def keep_slowly(self, upload):
+        time.sleep(0.5)
+        return keep(self, upload)
+    for n, held, most, disk in ((9, 3.5 * 2**20, 3, keep), (9, 0, 1, keep), (9, 2**26, 9, keep),
+                                (3, 0, 1, keep_slowly)):
+        wire = AllOffer(n, timeout=0.4)
+        with patch.object(torchrun, "HELD", held), patch.object(torchrun.Spool, "keep", disk), (
+                contextlib.redirect_stderr(io.StringIO())) as err:
+            results, _, up = wire.round(0, {}, None, [None] * n, list(range(n)), wire.upload)
         assert wire.most == most and err.getvalue() == "", (wire.most, err.getvalue())
-        assert sorted(results) == list(range(9)) and len(up) == 9
-        assert sorted(upload["a"].unique().item() for upload, _ in results.values()) == [
-            *range(1, 10)]
+        assert sorted(results) == list(range(n)) and len(up) == n
+        numbers = sorted(upload["a"].unique().item() for upload, _ in results.values())
+        assert numbers == list(range(1, n + 1))
 
 
 def test_two_hosts_over_loopback():
