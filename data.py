@@ -210,7 +210,7 @@ def make_shards(task: str, data_dir, tokenizer, clients: int, max_len: int, seed
     return [Shard(examples, part) for part in partition(labels, clients, seed)]
 
 def make_public(data_dir, tokenizer, max_len: int) -> Shard:
-    """The server's public data: Alpaca's, for all tasks."""
+    """Alpaca's rows, for all tasks."""
     path = find_file(data_dir, "alpaca/alpaca_data.json")
     rows = [Row(*t) for t in texts_of(read_rows(path), path, ("instruction", "input", "output"))]
     return Shard(make_examples(rows, tokenizer, max_len, "the public data"))

@@ -187,7 +187,7 @@ def report(result: dict):
 
 # ---- runs ---------------------------------------------------------------------------------------
 def restore(server, state: dict, folder: Path):
-    """Puts what `folder` holds of a run into its server."""
+    """Puts what a run's `folder` holds into its server."""
     if server.emulator:
         state = state | {"emulator": read_saved(folder / "emulator.pt")}
     with expecting("what a run of this configuration and this code learnt", folder):
@@ -238,7 +238,7 @@ def main_guard(main):
         sys.exit(130)
 
 def complete(lm: LM, tokenizer, args: Command) -> str:
-    """Greedy completion of raw text after BOS, without a template."""
+    """Greedy completion of raw text after BOS; no template."""
     prompt = [tokenizer.bos] + tokenizer.encode(clean_text(args.prompt))
     ids = generate(lm, [prompt], args.max_new_tokens or 64, tokenizer.ends)[0]
     text, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + ids)

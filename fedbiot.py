@@ -236,6 +236,7 @@ class Server:
     def __init__(self, full: LM, public, cfg):
         self.full, self.public, self.cfg, self.measured = full, public, cfg, {}
         self.kept, self.adapter = self.split(full.config.n_layers, cfg)
+        assert self.kept == sorted({*self.kept} - {*self.adapter}), (self.kept, self.adapter)
         self.cut = self.adapter[-cfg.adapter]  # the first above E
         compressed = full.with_layers({i: full.layers[str(i)] for i in self.kept + self.adapter})
         rng = generator(cfg.seed, 0, SERVER)
@@ -500,8 +501,7 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
     return {m: result for m, result in results.items() if not reasons[m]}
 
 def federate(server, client, shards, cfg, wire, first_round: int = 0):
-    """Algorithm 2: a record a round, for any Server and Client. Before it train.py calls
-    Server.bootstrap, with Eq. 5."""
+    """Algorithm 2: a record a round, for any Server and Client; Eq. 5 is before."""
     for t in range(first_round, cfg.rounds):
         start = time.perf_counter()
         payload = server.broadcast(t)  # lines 3-7: align E, send A and E

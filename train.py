@@ -61,7 +61,7 @@ class RunConfig(EvalConfig, Config):
     json: bool = option(False, "--plan as one JSON object")
 
 def method_of(name: str):
-    """The module with the Server and the Client of a method."""
+    """The module with a method's Server and Client."""
     return room(METHODS[name])
 
 def config_of(*methods: str) -> type:
@@ -276,7 +276,7 @@ def print_summary(summary: dict):
 
 # ---- main ---------------------------------------------------------------------------------------
 class Run:
-    """A run folder: logs, saves, evaluates, round by round."""
+    """Logs, saves and evaluates, round by round."""
     def __init__(self, folder: Path, cfg: RunConfig, server, tokenizer, state: dict, start: float):
         self.folder, self.cfg, self.server, self.tokenizer = folder, cfg, server, tokenizer
         self.state, self.rows = state, state["rows"]
@@ -321,7 +321,7 @@ class Run:
         self.save()
 
     def finish(self, bootstrap_bytes: int, trainable: int, device) -> dict:
-        """lora.pt and summary.json: what other tools read."""
+        """lora.pt and summary.json, for other tools."""
         learnt, cfg = self.server.state_dict()["learnt"], self.cfg
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         on_gpu = device.type == "cuda" and torch.cuda.max_memory_allocated(device)

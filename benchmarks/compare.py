@@ -36,8 +36,10 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from eval import BUNDLED_CKPT  # noqa: E402
 
-HOLDS_FULL = {"fedavg", "fedkseed", "fedkseed-pro", "fedtt", "fedtt+"}
-ONE_SHAPE = {*HOLDS_FULL, "fedpt"}                  # no dropout, no adapter
+SERVERS = {method: train.method_of(method).Server for method in train.METHODS}
+ONE_SHAPE = {m for m, server in SERVERS.items() if "dropout" in server.no_use}      # no adapter
+PROXIES = {m for m, server in SERVERS.items() if "proxy_ckpt" in vars(server.Flags)}
+HOLDS_FULL = ONE_SHAPE - PROXIES
 TWO_PLUS_TWO = {"fedot", "offsite"}                 # --adapter 2: the first and the last two layers
 STEPS = 30                          # of a client in a round, for all: FedKSeed's own default is 200
 RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]                      # of the bundled model
@@ -390,7 +392,7 @@ def row_of(args, out: Path, cell) -> list[str]:
             mean_and_deviation([m[-1] for m in models]), f"{down:,.0f}", f"{up:,.0f}",
             f"{cost['trainable_params']:,}", f"{1e3 * cost['gmac_per_token']:.2f}",
             f"{cost['memory'] / 1e6:.0f}", f"{statistics.median(spent):.0f}",
-            "yes" if cell[0] in HOLDS_FULL else "no", "yes" if cell[0] == "fedpt" else "no"]
+            "yes" if cell[0] in HOLDS_FULL else "no", "yes" if cell[0] in PROXIES else "no"]
 
 
 def raw_row(args, out: Path, cell) -> dict:

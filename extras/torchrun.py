@@ -333,10 +333,13 @@ class Processes:
     # ---- the end
 
     def end(self, status: int) -> bool:
-        """All ranks stop. True for the first to say so: its line is the one to print."""
-        mine, first, until = f"{status} {self.rank}", True, time.monotonic() + 10
+        """All ranks stop. True for the first to say so: its line is the one to print, and its
+        status, `final`, every rank's."""
+        self.final, mine = status, f"{status} {self.rank}"
+        first, until = True, time.monotonic() + 10
         try:
-            first = self.store.compare_set("end", "", mine).decode() == mine
+            said = self.store.compare_set("end", "", mine).decode()
+            first, self.final = said == mine, int(said.split()[0])
             with contextlib.suppress(RuntimeError, ValueError):
                 dist.destroy_process_group()                # whoever waits in a receive is woken
             others = [f"gone {r}" for r in range(1, self.world) if r != self.rank]
@@ -368,8 +371,8 @@ def main(run, argv=None) -> int:
             if processes.rank and isinstance(error, UserError):
                 raise UserError(f"rank {processes.rank}: {error}") from None
             raise
-        if status and "--own-data" in (argv or sys.argv):   # each rank has a terminal of its own
+        if processes.final and "--own-data" in (argv or sys.argv):      # a terminal for each rank
             print("ended: another rank has stopped, and its terminal says why", file=sys.stderr)
-        sys.exit(status)                                    # another rank has said why
+        sys.exit(processes.final)        # another rank has said why; 0: the run ended without us
     processes.end(status)
     return status

@@ -546,7 +546,7 @@ def with_rows(path: Path) -> Path:
     """A copy of the project with one more method and one more task: a file and a row of each."""
     for name in ("model", "lora", "fedbiot", "data", "eval", "train"):
         text = (HERE / f"{name}.py").read_text()
-        text = text.replace("METHODS = {", 'METHODS = {"fedprox": "fedprox", ')
+        text = text.replace("METHODS = {", 'METHODS = {"a-tenth": "fedprox", ')
         text = text.replace("TASKS = {", 'TASKS = {"echo": Task("echo", 2, 64), ')
         (path / f"{name}.py").write_text(text)
     for name in ("baselines", "tasks", "extras", "tiny"):
@@ -564,10 +564,10 @@ def test_a_method_and_a_task_are_added_as_a_row_and_a_file_of_each():
         return subprocess.run(command, capture_output=True, text=True, cwd=path, check=True).stdout
     with folder() as path:
         with_rows(path)
-        flags = ("--method", "fedprox", "--task", "echo", "--rounds", 1, "--local-steps", 4)
+        flags = ("--method", "a-tenth", "--task", "echo", "--rounds", 1, "--local-steps", 4)
         for prox in (0, 1000):
             said = program("train", *flags, "--prox", prox, "--out", f"run{prox}")
-            assert "fedprox, echo, clients: 2" in said and "3 of 4" in said, said
+            assert "a-tenth, echo, clients: 2" in said and "3 of 4" in said, said
         free, held = (torch.load(path / run / "lora.pt") for run in ("run0", "run1000"))
         pulled = [sum(p.norm() for n, p in learnt.items() if n.endswith("lora_B"))
                   for learnt in (free, held)]

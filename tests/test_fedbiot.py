@@ -590,6 +590,16 @@ def test_aggregation_weighs_by_size():
     assert same(copied(server.emulated), emulated)
 
 
+def test_a_forks_choice_of_layers_is_ascending_once_each_and_below_the_adapter():
+    # kills: a layer of the adapter in the emulator, a layer twice, layers that the plan lists in
+    # another order than the model has
+    for wrong in ([0, 3], [0, 0], [2, 0]):
+        with patch.object(fedbiot, "spread", lambda total, kept, wrong=wrong: wrong):
+            asserts(toy_server)
+    with patch.object(fedbiot, "spread", lambda total, kept: [1]):
+        assert toy_server().kept == [1]
+
+
 # ---- rounds -------------------------------------------------------------------------------------
 
 def test_rounds_average_what_the_clients_learnt_from_their_own_shard():

@@ -178,7 +178,7 @@ def test_the_uploads_of_a_round_count_as_if_each_were_made():
         report = {"loss": 1.0, "examples": 1}
         return {m: (memory.copies(expected), report) for m in chosen[:fit]}, [0], [0]
     with sized(method="fedavg", clients=9, **{"max-len": 4, "batch-size": 1}) as (config, cfg):
-        for fit, most in ((9, memory.HELD), (6, 4 * 4 * 5 * LORA - 1)):      # three kept, three come
+        for fit, most in ((9, memory.HELD), (6, 4 * 4 * 5 * LORA - 1)):      # 3 kept, 3 come
             with patch.object(memory, "HELD", most):
                 found = memory.needed(config, cfg, train.method_of("fedavg"))
                 with patch.object(memory.Uploads, "round", naive):

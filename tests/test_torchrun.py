@@ -430,6 +430,33 @@ def test_a_host_that_falls_asleep_does_not_hold_up_the_others():
         assert same(one, four)
 
 
+def second_client_sleeps_as_it_sends(path: Path):
+    """Until the run has ended without it."""
+    send = torchrun.Processes.send
+
+    def send_late(self, to, payload):
+        (path / "asleep").touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        send(self, to, payload)
+    if os.environ["RANK"] == "2":
+        torchrun.Processes.send = send_late
+
+
+def test_who_wakes_after_the_end_has_the_runs_status():
+    # kills: status 2, since its transfer was cut, of a run that succeeded without it
+    def wake(jobs):
+        until = time.monotonic() + 60
+        while not (path / "run" / "summary.json").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        os.kill(jobs[2].pid, signal.SIGCONT)
+    with folder() as path:
+        flags = small_run(path) + ["--rounds", 1, "--client-timeout", 2]
+        statuses, texts = ranks(path, 3, *flags, "--out", path / "run", then=wake,
+                                change=partial(second_client_sleeps_as_it_sends, path))
+        assert (path / "asleep").exists() and "left out" in texts[0], texts
+        assert statuses == [0, 0, 0], (statuses, texts)
+
+
 def second_client_claims_a_giant():
     original = torchrun.header_of
 
