@@ -196,9 +196,9 @@ def proximal(pairs, scale: float) -> Tensor:
     return scale**2 * total
 
 # ---- Algorithm 2 --------------------------------------------------------------------------------
-# Server and Client meet through payloads alone; what is learnt is at the server. A client keeps
-# tensors that it was sent, or makes them anew from those, so that a wire may build another from
-# `bootstrap` and a broadcast. (FedTT+ broadcasts less, and refuses a gap.)
+# Server and Client meet through payloads alone; what is learnt is at the server. A client keeps no
+# optimizer and no generator, only tensors that it was sent or makes from those: a wire may build
+# it anew from `bootstrap` and a broadcast. (FedTT+ broadcasts less, and refuses a gap.)
 
 def generator(*key: int) -> torch.Generator:
     """Randomness is a function of (seed, round, client, ...), so there is none to save."""
@@ -432,10 +432,10 @@ def payload_bytes(payload: Payload) -> int:
     return sum(t.numel() * t.element_size() for t in payload.values())
 
 class Wire:
-    """Server and clients in one process; clients in turn."""
+    """Server and clients in one process, in turn."""
     def round(self, t: int, payload: Payload, client, shards, chosen, expected) -> tuple:
         """The work of the `chosen`: {client: (upload, metrics)}, and the bytes of every payload
-        down and up. metrics["examples"] is |D_m|."""
+        down and up. metrics["examples"] is |D_m| of Eq. 2."""
         results, up, spool = {}, [], None
         for m in tqdm(chosen, f"round {t + 1}", leave=False, disable=None):
             upload, metrics = client.update(t, payload, shards[m], m)
@@ -501,7 +501,7 @@ def accepted(t: int, results: dict, expected: Payload, cfg) -> dict[int, tuple[P
     return {m: result for m, result in results.items() if not reasons[m]}
 
 def federate(server, client, shards, cfg, wire, first_round: int = 0):
-    """Algorithm 2: a record a round, for any Server and Client; Eq. 5 is before."""
+    """Algorithm 2: a record a round, for any Server and Client; first bootstrap (Eq. 5)."""
     for t in range(first_round, cfg.rounds):
         start = time.perf_counter()
         payload = server.broadcast(t)  # lines 3-7: align E, send A and E
